@@ -1,0 +1,36 @@
+"""A trained model to scores: `omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[a.txt]`."""
+
+import json
+from dataclasses import asdict, replace
+
+from omniloom.cluster.session import ray_session
+from omniloom.settings import EvaluateSettings, resource_folder, run_job
+
+
+def main(settings: EvaluateSettings) -> None:
+    settings.check()
+    from omniloom.cluster.launch import run_each
+    from omniloom.evaluation.harness import Item, evaluate_item, gather, variants_of
+    from omniloom.model.load import model_folder
+    from omniloom.track.run_directory import locate
+    from omniloom.track.tracker import record_evaluations
+    from omniloom.track.verdict import table
+
+    place = locate(settings.init or "", settings.runs_dir)
+    model = str(model_folder(place.path))
+    evals = str(resource_folder("evals"))
+    asked = [
+        Item(task, "kept", model, settings.task_args.get(task) or {}, evals, settings.batch_tokens, settings.limit)
+        for task in settings.tasks
+    ]
+    items = [replace(item, variant=variant) for item in asked for variant in variants_of(item)]
+    with ray_session(settings.cluster):
+        scores = list(run_each(evaluate_item, items))
+    results = gather(scores, place.step_of(model))
+    if place.run_folder is not None:
+        record_evaluations(place.run_folder, results, settings.track, asdict(settings))
+    print(json.dumps(results) if settings.json else table(list(results.values())))
+
+
+if __name__ == "__main__":
+    run_job("run_evals", EvaluateSettings, main)

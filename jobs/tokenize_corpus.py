@@ -1,0 +1,16 @@
+"""Files to shards: `omniloom tokenize manifest=corpus.yaml corpus=corpora/mine`."""
+
+from omniloom.cluster.session import ray_session
+from omniloom.settings import TokenizeSettings, run_job
+
+
+def main(settings: TokenizeSettings) -> None:
+    settings.check()
+    with ray_session(settings.cluster):
+        from omniloom.data.corpus import build_corpus, describe
+
+        print(describe(build_corpus(settings)))
+
+
+if __name__ == "__main__":
+    run_job("tokenize_corpus", TokenizeSettings, main)

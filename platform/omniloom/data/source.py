@@ -1,0 +1,164 @@
+"""A manifest names files; a file is a sequence of documents of raw segments."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from omniloom.data.config import SPLITS, Manifest, SourceSpec, Split
+from omniloom.errors import DataError, did_you_mean
+
+UNIT_BYTES = 1 << 20  # files are gathered into units of about this size; one unit becomes one shard
+SEGMENT_KEYS = ("text", "image", "loss")
+MOST_SOURCES = 256  # the `source` field is one byte
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The files of one source and split that become one shard."""
+
+    name: str
+    source: str
+    split: Split
+    format: str
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class RawSegment:
+    """Text, or the path of a picture; `is_target` says whether its text is learned."""
+
+    text: str | None
+    image: Path | None
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """One document before its media are read. `problem` is set instead of segments where it cannot be read."""
+
+    name: str
+    segments: list[RawSegment]
+    problem: str | None = None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest; raises DataError naming the wrong key and the nearest valid one."""
+    if not path.is_file():
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise DataError(f"no manifest at {path} {near}: set manifest=<yaml file>".replace(" :", ":"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"manifest {path} is not YAML: {error}") from error
+    _refuse_unknown_keys(path, content)
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"manifest {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if not 1 <= len(manifest.sources) <= MOST_SOURCES:
+        raise DataError(f"manifest {path} names {len(manifest.sources)} sources; 1 to {MOST_SOURCES} are possible")
+    for name, source in manifest.sources.items():
+        if source.weight < 0 or source.loss_weight < 0:
+            raise DataError(f"manifest {path}: the weights of source {name} must not be negative")
+    return manifest
+
+
+def _refuse_unknown_keys(path: Path, content: Any) -> None:
+    if not isinstance(content, dict) or not isinstance(content.get("sources"), dict):
+        raise DataError(f"manifest {path} must have a mapping `sources:` of name to source")
+    levels: list[tuple[dict[Any, Any], Any, str]] = [(content, Manifest, "")]
+    levels += [(s, SourceSpec, f"sources.{n}.") for n, s in content["sources"].items() if isinstance(s, dict)]
+    for mapping, spec, prefix in levels:
+        valid = spec.__dataclass_fields__
+        for key in mapping:
+            if key not in valid:
+                raise DataError(f"manifest {path}: unknown key {prefix}{key}; {did_you_mean(str(key), valid)}")
+
+
+def list_units(manifest: Manifest, folder: Path) -> list[Unit]:
+    """Gather the files of each source and split into units, in name order; raises DataError where a glob is empty."""
+    units: list[Unit] = []
+    for source_name, source in manifest.sources.items():
+        for split in SPLITS:
+            gathered: list[list[str]] = []
+            room = 0
+            for file in _matching_files(folder, source_name, split, getattr(source, split)):
+                size = file.stat().st_size
+                if size > room:
+                    gathered.append([])
+                    # An interleaved file is a unit of its own: its media weigh far more than its lines.
+                    room = UNIT_BYTES if source.format == "text" else 0
+                gathered[-1].append(str(file))
+                room -= size
+            units += [
+                Unit(f"{source_name}-{split}-{number:05d}", source_name, split, source.format, files)
+                for number, files in enumerate(gathered)
+            ]
+    return units
+
+
+def _matching_files(folder: Path, source: str, split: str, patterns: list[str]) -> list[Path]:
+    files: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern)
+        base, relative = (
+            (Path(path.anchor), str(path.relative_to(path.anchor))) if path.is_absolute() else (folder, pattern)
+        )
+        matched = [file.resolve() for file in base.glob(relative) if file.is_file()]
+        if not matched:
+            raise DataError(f"source {source}: no {split} file matches {base / relative}")
+        files.update(matched)
+    return sorted(files)
+
+
+def read_documents(file: Path, format: str) -> Iterator[RawDocument]:
+    """The documents of one file: a text file is one, an interleaved jsonl has one a line."""
+    if format == "text":
+        yield _text_document(file)
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _interleaved_document(f"{file}:{number}", line, file.parent)
+
+
+def _text_document(file: Path) -> RawDocument:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return RawDocument(str(file), [], f"not UTF-8 at byte {error.start}")
+    if not text.strip():
+        return RawDocument(str(file), [], "empty")
+    return RawDocument(str(file), [RawSegment(text, None, is_target=True)])
+
+
+def _interleaved_document(name: str, line: bytes, folder: Path) -> RawDocument:
+    try:
+        segments = [_segment(entry, folder) for entry in json.loads(line)["segments"]]
+        if not segments:
+            raise ValueError("no segments")
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
+        return RawDocument(name, [], f'not {{"segments": [{{"text": …}}, {{"image": …}}]}}: {error!r}')
+    return RawDocument(name, segments)
+
+
+def _segment(entry: dict[str, Any], folder: Path) -> RawSegment:
+    unknown = [key for key in entry if key not in SEGMENT_KEYS]
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]}; {did_you_mean(unknown[0], SEGMENT_KEYS)}")
+    if ("text" in entry) == ("image" in entry):
+        raise ValueError("a segment is either text or image")
+    is_target = bool(entry.get("loss", "text" in entry))
+    if "image" in entry:
+        if is_target:
+            raise ValueError("a picture cannot be a target")
+        return RawSegment(None, folder / str(entry["image"]), is_target=False)
+    if not isinstance(entry["text"], str):
+        raise ValueError("text must be a string")
+    return RawSegment(entry["text"], None, is_target)

@@ -1,0 +1,40 @@
+"""The four errors a user can meet; each carries one message that says the rule, the figures, the key to change."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class OmniloomError(Exception):
+    """Base of every error whose message is meant for the user; the command line prints it without a traceback."""
+
+
+class ConfigError(OmniloomError):
+    """The configuration asks for something unknown or contradictory."""
+
+
+class DataError(OmniloomError):
+    """An input file, a corpus or a manifest cannot be used."""
+
+
+class CheckpointError(OmniloomError):
+    """A checkpoint is missing, incomplete, damaged or of another shape."""
+
+
+class ClusterError(OmniloomError):
+    """Ray, a worker or a node failed."""
+
+
+def refuse_unless_one_of(key: str, value: str, valid: Iterable[str]) -> None:
+    """Raise ConfigError where `key`'s value is none of `valid`."""
+    names = list(valid)
+    if value not in names:
+        raise ConfigError(f"{key}={value} is none of {', '.join(names)}; {did_you_mean(value, names)}")
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Say which valid name is nearest to `name`, or list them all when none is near."""
+    names = sorted(set(valid))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"valid: {', '.join(names)}" if names else "there is none"

@@ -1,0 +1,145 @@
+"""Run lm-eval tasks on our models, each with its controls, and put the scores into the contract's form."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from omniloom.errors import ConfigError, DataError, did_you_mean
+from omniloom.evaluation.baseline import UnigramLM
+from omniloom.evaluation.lm import OmniloomLM
+from omniloom.modality.text import load_tokenizer
+from omniloom.model.load import Model, load_model
+
+Variant = Literal["kept", "removed", "shuffled", "unigram"]
+COUNTS_FILE = "target_counts.json"
+
+
+@dataclass
+class Item:
+    """One task under one variant: the model as it is, a medium removed or shuffled, or the unigram in its place."""
+
+    task: str
+    variant: Variant
+    model: str  # folder
+    task_args: dict[str, Any] = field(default_factory=dict)
+    tasks_folder: str = ""
+    batch_tokens: int = 8_192
+    limit: int | None = None
+
+
+@dataclass
+class Scores:
+    """What lm-eval answered for one item: (value, standard error) by metric."""
+
+    task: str
+    variant: Variant
+    n: int
+    metrics: dict[str, tuple[float, float | None]]
+    chance: float | None
+
+
+def task_manager(item: Item) -> Any:
+    """lm-eval's manager that knows the item's task: ours from `tasks_folder`, else lm-eval's own of that name."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=item.tasks_folder, include_defaults=False, metadata=dict(item.task_args))
+    if item.task not in manager.all_tasks:
+        ours = list(manager.all_tasks)
+        manager = TaskManager(include_path=item.tasks_folder, metadata=dict(item.task_args))
+        if item.task not in manager.all_tasks:
+            raise ConfigError(f"unknown task {item.task}; {did_you_mean(item.task, [*manager.all_tasks, *ours])}")
+    return manager
+
+
+def variants_of(item: Item) -> list[Variant]:
+    """The variants a task calls for: controls for its pictures, a unigram for plain text."""
+    manager = task_manager(item)
+    tasks = manager.load([item.task])["tasks"].values()  # several where the name is a group
+    if all(task.config.doc_to_image is not None for task in tasks):
+        return ["kept", "removed", "shuffled"]
+    has_counts = (Path(item.model) / COUNTS_FILE).is_file()
+    is_text = all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks)
+    return ["kept", "unigram"] if is_text and has_counts else ["kept"]
+
+
+def evaluate_item(item: Item) -> Scores:
+    """Load the model and score one task under one variant."""
+    return _evaluate(item, load_model(Path(item.model)))
+
+
+def _evaluate(item: Item, model: Model) -> Scores:
+    lm: LM
+    if item.variant == "unigram":
+        counts = json.loads((model.folder / COUNTS_FILE).read_text())
+        lm = UnigramLM(load_tokenizer(model.folder / "tokenizer.json"), counts)
+    else:
+        lm = OmniloomLM(model, item.batch_tokens, item.variant)
+    manager = task_manager(item)
+    answer = simple_evaluate(
+        lm, tasks=[item.task], task_manager=manager, limit=item.limit, log_samples=True, bootstrap_iters=1_000
+    )
+    if answer is None or item.task not in answer["results"]:
+        raise DataError(f"lm-eval gave no result for task {item.task}")
+    samples = [sample for group in answer["samples"].values() for sample in group]
+    return Scores(item.task, item.variant, len(samples), _metrics(answer["results"][item.task]), _chance(samples))
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """lm-eval's `name,filter` and `name_stderr,filter` as name → (value, stderr)."""
+    found = {}
+    for key, value in result.items():
+        name, _, filter_name = key.partition(",")
+        if filter_name and not name.endswith("_stderr") and isinstance(value, int | float):
+            error = result.get(f"{name}_stderr,{filter_name}")
+            found[name] = (float(value), float(error) if isinstance(error, int | float) else None)
+    return found
+
+
+def _chance(samples: list[dict[str, Any]]) -> float | None:
+    """Mean of 1 / choices over the documents of a multiple-choice task, else None."""
+    counts = [len(sample["arguments"]) for sample in samples if len(sample["arguments"]) > 1]
+    return sum(1 / count for count in counts) / len(counts) if counts and len(counts) == len(samples) else None
+
+
+def gather(scores: list[Scores], step: int | None) -> dict[str, dict[str, Any]]:
+    """One result a task: {task, step, n, metrics: {name: {value, stderr, chance, control}}}."""
+    results: dict[str, dict[str, Any]] = {}
+    for main in (s for s in scores if s.variant == "kept"):
+        controls = [s for s in scores if s.task == main.task and s.variant != "kept"]
+        results[main.task] = {
+            "task": main.task,
+            "step": step,
+            "n": main.n,
+            "metrics": {
+                name: {
+                    "value": value,
+                    "stderr": stderr,
+                    "chance": main.chance if name.startswith("acc") else None,
+                    "control": {c.variant: c.metrics[name][0] for c in controls if name in c.metrics},
+                }
+                for name, (value, stderr) in main.metrics.items()
+            },
+        }
+    return results
+
+
+def evaluate(
+    model: Model,
+    tasks: list[str],
+    tasks_folder: Path,
+    task_args: dict[str, dict[str, Any]] | None = None,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Score a loaded model in this process; `options` are fields of Item."""
+    scores = []
+    for task in tasks:
+        item = Item(task, "kept", str(model.folder), (task_args or {}).get(task, {}), str(tasks_folder), **options)
+        for variant in variants_of(item):
+            item.variant = variant
+            scores.append(_evaluate(item, model))
+    return gather(scores, step=None)

@@ -1,0 +1,32 @@
+"""Which token may see which, and the attention over it.
+
+B batch, T tokens, H heads, d head width.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_document_mask(document_BT: Tensor) -> Tensor:
+    """Query i sees key j when j ≤ i and both stand in one document; bool (B, 1, T, T).
+
+    Padding counts as one document of its own, so that no row of the softmax is empty.
+    """
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
+def attend(query_BTHd: Tensor, key_BTHd: Tensor, value_BTHd: Tensor, visible_B1TT: Tensor, scale: float) -> Tensor:
+    """softmax(scale · QKᵀ + M) V over the visible keys, (B, T, H, d_v), by torch's own kernel."""
+    # The kernel leaves its fast path when the value width differs from the key width: pad, attend, cut.
+    key_width, value_width = key_BTHd.shape[-1], value_BTHd.shape[-1]
+    if value_width < key_width:
+        value_BTHd = F.pad(value_BTHd, (0, key_width - value_width))
+    attended_BHTd = F.scaled_dot_product_attention(
+        query_BTHd.transpose(1, 2),
+        key_BTHd.transpose(1, 2),
+        value_BTHd.transpose(1, 2),
+        attn_mask=visible_B1TT,
+        scale=scale,
+    )
+    return attended_BHTd.transpose(1, 2)[..., :value_width]

@@ -1,0 +1,188 @@
+"""Each job's settings: the rooms' dataclasses, composed by Hydra, checked before anything starts.
+
+Defaults stand on the dataclass fields and nowhere else; conf/ overrides them; the command line overrides conf/.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from omniloom.cluster.config import ClusterConfig
+from omniloom.data.config import CorpusConfig
+from omniloom.errors import ConfigError, OmniloomError, did_you_mean
+from omniloom.track.config import TrackConfig
+from omniloom.train.config import TrainingRun
+
+Settings = TypeVar("Settings")
+FREE_MAPPINGS = ("task_args", "data.weights", "data.loss_weights")  # whose keys are the user's own
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+
+@dataclass
+class TokenizeSettings(CorpusConfig):
+    """The tokenize job."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError for every contradiction that can be seen before anything starts."""
+        self.check_corpus()
+        self.cluster.check()
+
+
+@dataclass
+class TrainSettings(TrainingRun, CorpusConfig):
+    """The train job; where its corpus does not exist yet and a manifest or samples are named, it is made first."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError for every contradiction that can be seen before anything starts."""
+        self.cluster.check()
+        self.check_run(self.cluster.workers)
+        if self.corpus is None:
+            raise ConfigError("nothing to train on: set corpus=<folder that `omniloom tokenize` wrote>")
+        if self.manifest or self.samples:
+            self.check_corpus()
+        # Workers may stand in another folder.
+        self.corpus, self.runs_dir = str(Path(self.corpus).absolute()), str(Path(self.runs_dir).absolute())
+
+
+@dataclass
+class EvaluateSettings:
+    """lm-eval tasks on a trained model."""
+
+    init: str | None = None
+    tasks: list[str] = field(default_factory=lambda: ["perplexity"])
+    task_args: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    batch_tokens: int = 8_192
+    runs_dir: str = "runs"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError where nothing is named to evaluate."""
+        if self.init is None:
+            raise ConfigError("no model to evaluate: set init=<run, checkpoint or model folder>")
+        if not self.tasks:
+            raise ConfigError("no task to run: set tasks=[perplexity,…]")
+        for name in self.task_args:
+            if name not in self.tasks:
+                raise ConfigError(f"task_args.{name} is for no task of this command; {did_you_mean(name, self.tasks)}")
+        if self.batch_tokens < 1 or (self.limit is not None and self.limit < 1):
+            raise ConfigError(f"batch_tokens={self.batch_tokens} and limit={self.limit} must be at least 1")
+
+
+def resource_folder(name: str) -> Path:
+    """Where conf/, evals/ or jobs/ lies: inside the installed package, else beside its checkout."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / name, package.parents[1] / name):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError(f"the installation lacks its {name}/ folder, looked in {package} and {package.parents[1]}")
+
+
+def run_job(job: str, schema: type[Settings], function: Callable[[Settings], None]) -> None:
+    """Compose conf/<job>.yaml with the command line's overrides and call `function` on the settings.
+
+    Hydra's own flags (--cfg job, --help, -m, shell completion) keep their meaning; --debug adds tracebacks, --json is
+    json=true. Ends the process with a nonzero status, after one message, where the work was not done.
+    """
+    debug = "--debug" in sys.argv
+    sys.argv = [_as_override(word, schema) for word in sys.argv if word != "--debug"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us: the one message is ours to write
+    ConfigStore.instance().store(name=f"{job}_schema", node=schema)
+
+    def call(config: DictConfig) -> None:
+        settings = OmegaConf.to_object(config)
+        assert isinstance(settings, schema)
+        with _one_message(schema, debug):  # here already: Hydra would announce it first
+            function(settings)
+
+    with _one_message(schema, debug):
+        _refuse_added_keys(schema)
+        GlobalHydra.instance().clear()  # one process may run several jobs
+        hydra.main(version_base="1.3", config_path=str(resource_folder("conf")), config_name=job)(call)()
+
+
+@contextmanager
+def _one_message(schema: type, debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (OmniloomError, HydraException, OmegaConfBaseException) as error:
+        if debug:
+            traceback.print_exc()
+        message = str(error) if isinstance(error, OmniloomError) else explain(error, schema)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _as_override(word: str, schema: type) -> str:
+    """--json is json=true; a key inside a free mapping needs no + of Hydra's."""
+    if word == "--json":
+        return "json=true"
+    mappings = [key for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS]
+    return f"++{word}" if word.startswith(tuple(f"{key}." for key in mappings)) else word
+
+
+def _refuse_added_keys(schema: type) -> None:
+    """Hydra's +key=value adds keys that nobody reads: as wrong as a mistyped one."""
+    for word in sys.argv[1:]:
+        key = word.split("=")[0].lstrip("+")
+        if word.startswith("+") and not key.startswith(("hydra", *FREE_MAPPINGS)):
+            raise ConfigError(f"unknown key {key}; {did_you_mean(key, flat_keys(OmegaConf.structured(schema)))}")
+
+
+def explain(error: Exception, schema: type) -> str:
+    """One message for what Hydra refused: the key, the rule, the nearest valid name."""
+    if isinstance(error, MissingConfigException) and error.options:
+        name = (error.missing_cfg_file or "").rsplit("/", 1)
+        group = name[0] if len(name) == 2 else ""
+        return f"unknown {group}={name[-1]}; {did_you_mean(name[-1], error.options)}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(cause)
+    key = getattr(cause, "full_key", None) or _quoted(r"Could not override '(.+?)'", str(error)) or ""
+    unknown = _quoted(r"Key '(.+?)' is not in struct", text) or _quoted(r"Key '(.+?)' not in '", text)
+    if unknown:
+        valid = flat_keys(OmegaConf.structured(schema))
+        # A whole valid key is named when a part of it was mistyped; a section, when only sections come near.
+        return f"unknown key {key}; {did_you_mean(key, [*valid, *{v.split('.')[0] for v in valid}])}"
+    first_line = text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, ConfigCompositionException) or key:
+        return f"{key}: {first_line}" if key and key not in first_line else first_line
+    return first_line
+
+
+def _quoted(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match.group(1) if match else None
+
+
+def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Every settable key of a configuration, dotted."""
+    keys: list[str] = []
+    for name in map(str, config):
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not node._is_none() and len(node):
+            keys += flat_keys(node, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

@@ -1,0 +1,36 @@
+"""Append-only files of one JSON object a line; a torn last line is never taken for whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Write one line; it reaches the operating system before this returns."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every whole line, in order; no file is no line."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was torn off
+
+
+def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines after byte `offset`, and where they end; a file that was cut back is read from its start."""
+    if not path.is_file():
+        return [], 0
+    with path.open("rb") as stream:
+        start = offset if offset <= path.stat().st_size else 0
+        stream.seek(start)
+        whole = stream.read().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()], start + len(whole) + bool(whole)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop every line after `step`: a resumed run writes them again, each step once."""
+    kept = [entry for entry in read(path) if entry["step"] <= step]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")

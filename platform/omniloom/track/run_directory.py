@@ -1,0 +1,195 @@
+"""The run directory: new, resumed, finished or refused; and `run.json`, which says which."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from omniloom.errors import ConfigError, did_you_mean
+from omniloom.track import jsonl
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+# Sections and keys that a repeated command may change: they do not alter what is learned.
+MAY_CHANGE = (
+    "train.steps",
+    "train.tokens",
+    "train.micro_batch_size",
+    "train.val_every",
+    "train.save_every",
+    "train.log_every",
+    "cluster.",
+    "track.",
+    "parallel.",
+    "data.loader_workers",
+    "force",
+    "runs_dir",
+    "corpus",
+    "manifest",
+    "samples",
+)
+
+
+@dataclass
+class RunRecord:
+    """`run.json`: who this run is and how it stands."""
+
+    id: str
+    name: str
+    status: Status
+    exit_reason: str | None = None
+    git_revision: str | None = None
+    parent_run: str | None = None
+    ray_job_id: str | None = None
+    wandb_id: str | None = None
+    wandb_url: str | None = None
+    started: str = ""
+    host: str = ""
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read `run.json`; raises ConfigError where the folder is no run."""
+    path = folder / "run.json"
+    try:
+        return TypeAdapter(RunRecord).validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} is no run: it has no run.json") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is damaged ({error.errors()[0]['msg']}): name another run=") from error
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Replace `run.json` whole: a reader finds the old or the new one, never half of one."""
+    partial = folder / f".run.json.{os.getpid()}"
+    partial.write_text(json.dumps(asdict(record), indent=2) + "\n")
+    partial.replace(folder / "run.json")
+
+
+def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
+    """Start a run, or find the one to resume; the caller looks at `status` to see whether it is already finished.
+
+    Raises ConfigError where the run's own configuration differs in a key that may not change, with both values.
+    """
+    if (folder / "run.json").is_file():
+        record = read_record(folder)
+        _refuse_changes(folder, config)
+        asks_more = (config["train"]["steps"] or 0) > (_saved(folder)["train"]["steps"] or 0)
+        if record.status == "finished" and not asks_more:
+            return record
+        record.status, record.exit_reason = "running", None
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = RunRecord(
+            id=uuid.uuid4().hex[:8],
+            name=folder.name,
+            status="running",
+            git_revision=_git_revision(),
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            host=platform.node(),
+        )
+        record.wandb_id = record.id
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    write_record(folder, record)  # last: a folder without it is no run yet, and a repeat starts afresh
+    return record
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Write down how the run ended: finished when the body ends, interrupted by Ctrl-C, failed with its reason."""
+    status: Status = "failed"
+    reason: str | None = None
+    try:
+        yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status, reason = "interrupted", "Ctrl-C"
+        raise
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record = read_record(folder)
+        record.status, record.exit_reason = status, reason
+        write_record(folder, record)
+        jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": status, "reason": reason})
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    return saved
+
+
+def _refuse_changes(folder: Path, config: Mapping[str, Any]) -> None:
+    old, new = _flat(_saved(folder)), _flat(config)
+    changed = [
+        f"  {key}: {old.get(key)} → {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"run {folder.name} exists with another configuration:\n"
+            + "\n".join(changed)
+            + "\nname another run=, or take these keys back; what may change: "
+            + ", ".join(key.rstrip(".") for key in MAY_CHANGE)
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _git_revision() -> str | None:
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout
+    return answer.stdout.strip()
+
+
+@dataclass
+class Place:
+    """Where `init=` points: a folder to load from, and the run it belongs to, if any."""
+
+    path: Path
+    run_folder: Path | None
+
+    @staticmethod
+    def step_of(model_folder: str) -> int | None:
+        """The step of a model folder inside a checkpoint, else None."""
+        name = Path(model_folder).parent.name
+        return int(name.removeprefix("step_")) if name.startswith("step_") else None
+
+
+def locate(init: str, runs_dir: str) -> Place:
+    """Resolve init=<run[@step, @latest] | checkpoint | model folder>; raises ConfigError saying what there is."""
+    name, _, at = init.partition("@")
+    if not (Path(runs_dir) / name / "run.json").is_file():
+        if Path(init).is_dir():
+            path = Path(init).absolute()
+            owners = [parent for parent in (path, *path.parents) if (parent / "run.json").is_file()]
+            return Place(path, owners[0] if owners else None)
+        runs = [path.parent.name for path in Path(runs_dir).glob("*/run.json")]
+        raise ConfigError(f"init={init} is neither a run in {runs_dir} nor a folder; {did_you_mean(name, runs)}")
+    folder = (Path(runs_dir) / name).absolute()
+    if at in ("", "latest"):
+        return Place(folder, folder)
+    steps = [int(path.parent.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*/COMPLETE")]
+    if not at.isdigit() or int(at) not in steps:
+        raise ConfigError(f"init={init}: run {name} has no checkpoint {at}; complete are {sorted(steps)} and latest")
+    return Place(folder / "checkpoints" / f"step_{int(at):08d}", folder)

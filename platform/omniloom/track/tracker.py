@@ -1,0 +1,57 @@
+"""One run's record: metrics by step, events, and their mirror on W&B. Only rank 0 has one."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from omniloom.track import jsonl
+from omniloom.track.config import TrackConfig
+from omniloom.track.run_directory import read_record, write_record
+from omniloom.track.wandb_tracker import WandbTracker
+
+
+class Tracker:
+    """Writes metrics.jsonl and events.jsonl of a run directory, and forwards metrics to W&B."""
+
+    def __init__(self, folder: Path, config: TrackConfig, settings: dict[str, Any], resumed_at: int) -> None:
+        self._folder = folder
+        jsonl.cut_back(folder / "metrics.jsonl", resumed_at)
+        record = read_record(folder)
+        self._wandb = WandbTracker(folder, record, config, settings)
+        record.wandb_url = self._wandb.url
+        write_record(folder, record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._wandb.close(exit_code=0 if error is None else 1)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Record one step; `line` holds `step` and the contract's keys."""
+        jsonl.append(self._folder / "metrics.jsonl", line)
+        self._wandb.metrics(line)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Record that something happened."""
+        write_event(self._folder, kind, **facts)
+
+
+def write_event(folder: Path, kind: str, **facts: Any) -> None:
+    """Append one event to a run's events.jsonl."""
+    jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": kind, **facts})
+
+
+def record_evaluations(
+    folder: Path, results: dict[str, dict[str, Any]], config: TrackConfig, settings: dict[str, Any]
+) -> None:
+    """Write each task's result under evals/step_…/ of a run, and bring its W&B record up to date."""
+    for task, result in results.items():
+        path = folder / "evals" / f"step_{result['step']:08d}" / f"{task}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1))
+    WandbTracker(folder, read_record(folder), config, settings).close(exit_code=0)

@@ -1,0 +1,115 @@
+"""Checkpoints that are whole or nothing: `COMPLETE`, with every file's size and hash, is written last.
+
+step_00000100/engine/       DeepSpeed's shards, one set a rank
+              model/        safetensors, config.json, tokenizer.json, modality.json, target_counts.json
+              state.json    where the stream stands
+              COMPLETE      the commit
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from omniloom.data.shards import Corpus, file_sha256
+from omniloom.errors import CheckpointError, DataError
+from omniloom.modality.config import ModalityConfig
+from omniloom.model.decoder import Decoder
+from omniloom.model.load import save_model
+from omniloom.train.engine import Engine
+
+
+@dataclass
+class State:
+    """Where a checkpoint stands; `samples` is the whole state of the data stream."""
+
+    step: int
+    samples: int
+    tokens: int
+    ranks: int
+    zero_stage: int
+    corpus_sha256: str
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return run_folder / "checkpoints" / f"step_{step:08d}"
+
+
+def save(engine: Engine, model: Decoder, corpus: Corpus, run_folder: Path, state: State) -> None:
+    """Write a checkpoint; every rank calls it, and it counts once COMPLETE stands."""
+    folder = step_folder(run_folder, state.step)
+    if engine.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
+        folder.mkdir(parents=True)
+    engine.barrier()
+    engine.save(folder / "engine")
+    weights = engine.weights()
+    if engine.rank == 0:
+        save_model(folder / "model", model.config, weights)
+        shutil.copyfile(corpus.folder / "tokenizer.json", folder / "model" / "tokenizer.json")
+        (folder / "model" / "modality.json").write_bytes(
+            TypeAdapter(ModalityConfig).dump_json(corpus.index.modality, indent=1)
+        )
+        # The counts of a unigram model: what a text score is held against.
+        (folder / "model" / "target_counts.json").write_text(json.dumps(corpus.index.target_counts))
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+    engine.barrier()  # every rank's shards are on disk
+    if engine.rank == 0:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        inventory = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+        }
+        (folder / "COMPLETE").write_text(json.dumps(inventory, indent=1))
+    engine.barrier()
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    return sorted(path.parent for path in run_folder.glob("checkpoints/step_*/COMPLETE"))
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file of a checkpoint is what COMPLETE says."""
+    try:
+        inventory = json.loads((folder / "COMPLETE").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not complete: {error}") from error
+    for name, said in inventory.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found != said["bytes"] or file_sha256(path) != said["sha256"]:
+            raise CheckpointError(
+                f"{path} is not what COMPLETE says ({found:,} bytes, {said['bytes']:,} expected, or another hash): "
+                f"remove {folder} to resume from the one before"
+            )
+
+
+def newest_state(run_folder: Path) -> State | None:
+    """The state of the newest complete checkpoint, or None where there is none."""
+    complete = complete_checkpoints(run_folder)
+    return None if not complete else TypeAdapter(State).validate_json((complete[-1] / "state.json").read_bytes())
+
+
+def resume(engine: Engine, corpus: Corpus, run_folder: Path) -> State:
+    """Load the newest complete checkpoint into the engine; a run without one starts at step 0."""
+    fresh = State(0, 0, 0, engine.ranks, engine.zero_stage, corpus.sha256)
+    state = newest_state(run_folder)
+    if state is None:
+        return fresh
+    folder = step_folder(run_folder, state.step)
+    if state.corpus_sha256 != corpus.sha256:
+        raise DataError(
+            f"{folder} was trained on the corpus {state.corpus_sha256[:12]}, {corpus.folder} is {corpus.sha256[:12]}: "
+            "set corpus= back, or start another run="
+        )
+    if (state.ranks, state.zero_stage) != (engine.ranks, engine.zero_stage):
+        raise CheckpointError(
+            f"{folder} was saved by {state.ranks} ranks at ZeRO {state.zero_stage}; this start has {engine.ranks} at "
+            f"ZeRO {engine.zero_stage}: set cluster.workers={state.ranks} parallel.zero_stage={state.zero_stage}"
+        )
+    verify(folder)  # before anything of it is unpickled
+    engine.load(folder / "engine")
+    return state

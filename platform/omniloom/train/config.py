@@ -1,0 +1,141 @@
+"""What a training run is, and the rules between its keys. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omniloom.data.config import DataConfig
+from omniloom.errors import ConfigError, refuse_unless_one_of
+from omniloom.model.config import ModelConfig
+from omniloom.track.config import TrackConfig
+
+
+@dataclass
+class TrainConfig:
+    """How long, how large a batch, in which precision, how often to look.
+
+    The three batch terms: `global_batch_size`, sequences per optimizer step; `micro_batch_size`, sequences per rank per
+    forward; `gradient_accumulation_steps`, derived from both and the number of ranks.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None  # instead of steps: positions seen, rows × seq_len
+    global_batch_size: int = 32
+    micro_batch_size: int = 8
+    precision: str = "fp32"  # or bf16
+    gradient_clipping: float = 1.0
+    balance_loss_weight: float = 1e-4
+    expert_bias_rate: float = 1e-3
+    expert_bias_tolerance: float = 0.0
+    val_every: int = 100
+    val_rows: int = 64
+    save_every: int = 500
+
+    def gradient_accumulation_steps(self, ranks: int) -> int:
+        """Micro batches of one rank in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * ranks)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; norms, biases and embeddings are spared the weight decay."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass
+class ScheduleConfig:
+    """Linear warm-up, then cosine to the floor, or a plateau with a linear decay over the last `decay_share`."""
+
+    kind: str = "cosine"  # or warmup_stable_decay
+    warmup_steps: int = 100
+    decay_share: float = 0.3
+    floor: float = 0.1  # last rate over peak rate
+
+
+@dataclass
+class ParallelConfig:
+    """How DeepSpeed shards the run."""
+
+    zero_stage: int = 1
+
+
+@dataclass
+class TrainingRun:
+    """Everything a rank needs to know; the resolved configuration of a run."""
+
+    run: str = "run"
+    runs_dir: str = "runs"
+    corpus: str | None = None
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.runs_dir).absolute() / self.run
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return math.ceil((self.train.tokens or 0) / (self.train.global_batch_size * self.data.seq_len))
+
+    def check_run(self, ranks: int) -> None:
+        """Raise ConfigError for every contradiction that can be seen before anything starts."""
+        self.model.check()
+        self.data.check()
+        self.track.check()
+        train = self.train
+        refuse_unless_one_of("train.precision", train.precision, ("fp32", "bf16"))
+        refuse_unless_one_of("schedule.kind", self.schedule.kind, ("cosine", "warmup_stable_decay"))
+        if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
+            raise ConfigError(f"run={self.run!r} must be a plain name: it becomes a folder under runs_dir")
+        if (train.steps is None) == (train.tokens is None):
+            raise ConfigError(
+                f"say how long: exactly one of train.steps={train.steps} and train.tokens={train.tokens} must be set"
+            )
+        for key in ("steps", "tokens", "global_batch_size", "micro_batch_size", "val_every", "val_rows", "save_every"):
+            value = getattr(train, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{key}={value} must be at least 1")
+        if train.global_batch_size % (train.micro_batch_size * ranks):
+            raise ConfigError(
+                f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
+                f"{train.micro_batch_size} × cluster.workers={ranks} = {train.micro_batch_size * ranks}"
+            )
+        if self.data.seq_len > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"rows are longer than the model's context: data.seq_len={self.data.seq_len} is over "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.parallel.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"parallel.zero_stage={self.parallel.zero_stage} must be 0, 1, 2 or 3")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"warm-up must end before the run does: schedule.warmup_steps={self.schedule.warmup_steps} is not "
+                f"under train.steps={self.steps}"
+            )
+        if not 0 < self.optimizer.lr < math.inf:
+            raise ConfigError(f"optimizer.lr={self.optimizer.lr} must be a number above 0")
+
+    def batch_terms(self, ranks: int) -> str:
+        """The three terms and what follows from them, for the first lines of a run."""
+        train = self.train
+        tokens = train.global_batch_size * self.data.seq_len
+        return (
+            f"global_batch_size {train.global_batch_size} = micro_batch_size {train.micro_batch_size} × "
+            f"{ranks} ranks × gradient_accumulation_steps {train.gradient_accumulation_steps(ranks)}; "
+            f"{tokens:,} tokens a step, {self.steps:,} steps, {self.steps * tokens:,} tokens"
+        )

@@ -1,0 +1,122 @@
+"""DeepSpeed: the one place that knows it. Our configuration in, a sharded engine out."""
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__
+from torch import Tensor, nn
+
+from omniloom.train.config import TrainingRun
+from omniloom.train.optimizer import deepspeed_section, parameter_groups
+
+
+def deepspeed_config(run: TrainingRun, ranks: int) -> dict[str, Any]:
+    """Translate a run into DeepSpeed's own configuration."""
+    train = run.train
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
+        "gradient_clipping": train.gradient_clipping,
+        "zero_optimization": {"stage": run.parallel.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "optimizer": deepspeed_section(run.optimizer),
+        "steps_per_print": 1 << 62,  # our own tracker reports
+    }
+
+
+class Engine:
+    """A DeepSpeed engine with what the training step needs of it."""
+
+    def __init__(self, module: nn.Module, run: TrainingRun) -> None:
+        # Shared-memory collectives would be compiled at start on CPU, for most of a minute.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(module, run.optimizer),
+            config=deepspeed_config(run, self.ranks),
+        )
+        self.zero_stage = run.parallel.zero_stage
+        self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
+        self.device: torch.device = self._engine.device
+        self.module = module
+        # The gradients' norm is ours to take where DeepSpeed keeps none (stage 0 in fp32).
+        self._clip_here = self.zero_stage == 0 and run.train.precision == "fp32"
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Run the model."""
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, which is this micro batch's share of the global batch's loss.
+
+        DeepSpeed averages over ranks and over micro batches; the loss is already divided by the global weight, so both
+        averages are undone.
+        """
+        self._engine.backward(loss * (self.ranks * self.accumulation))
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro batch
+
+    def step(self, lr: float) -> float:
+        """Take the optimizer step at rate `lr` after the last micro batch; returns the global gradient norm."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self._clip_here:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return float(norm)
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+        self._engine.train(mode)
+
+    def save(self, folder: Path) -> None:
+        """Write every rank's shards under `folder`; all ranks call it."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote at the same number of ranks and ZeRO stage."""
+        self._engine.load_checkpoint(str(folder), tag="state")
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model's weights; all ranks call it, rank 0 gets them."""
+        if self.zero_stage == 3:
+            gathered = self._engine._zero3_consolidated_16bit_state_dict()
+            return gathered or {}
+        return dict(self.module.state_dict())
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum `values` over all ranks, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def max_over_ranks(self, value: float) -> float:
+        """The largest `value` of any rank."""
+        held = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+        return float(held)
+
+    def gather_bytes(self, mine: bytes) -> bytes:
+        """Every rank's bytes, of equal length, in rank order."""
+        held = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self.device)
+        everyone = [torch.empty_like(held) for _ in range(self.ranks)]
+        dist.all_gather(everyone, held)
+        return b"".join(part.cpu().numpy().tobytes() for part in everyone)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+
+def shut_down() -> None:
+    """Leave the process group, so that the process can end cleanly."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,170 @@
+"""The training loop of one rank, from the corpus to the last checkpoint."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omniloom.data.loader import Batch, Rows, batch_hash, rank_batches
+from omniloom.data.mixture import source_weights
+from omniloom.data.pack import count_unusable, heldout_rows, training_rows
+from omniloom.data.shards import Corpus
+from omniloom.errors import ConfigError
+from omniloom.model.decoder import Decoder
+from omniloom.track.tracker import Tracker
+from omniloom.train import checkpoint
+from omniloom.train.config import TrainingRun
+from omniloom.train.engine import Engine, shut_down
+from omniloom.train.schedule import rate_share
+from omniloom.train.step import StepResult, sparse_layers, training_step, validation_loss
+
+
+def check_against_corpus(run: TrainingRun, corpus: Corpus) -> None:
+    """Raise ConfigError where the model cannot read the corpus; asked before anything starts."""
+    index = corpus.index
+    if index.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"the corpus has {index.vocab_size:,} ids, the model embeds {run.model.vocab_size:,}: "
+            f"set model.vocab_size={index.vocab_size}"
+        )
+    if index.modality.image.patch_pixels != run.model.image_patch_pixels:
+        raise ConfigError(
+            f"the corpus cuts pictures into patches of {index.modality.image.patch_pixels} pixels, the model reads "
+            f"{run.model.image_patch_pixels}: set model.image_patch_pixels={index.modality.image.patch_pixels}"
+        )
+
+
+def train(run: TrainingRun) -> None:
+    """One rank's whole life: every rank of the run calls this once."""
+    corpus = Corpus(Path(run.corpus or ""))
+    torch.manual_seed(run.seed)
+    model = Decoder(run.model)
+    engine = Engine(model, run)
+    with ExitStack() as stack:
+        stack.callback(shut_down)
+        state = checkpoint.resume(engine, corpus, run.folder)
+        tracker = None
+        if engine.rank == 0:
+            tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
+            tracker.event("start", step=state.step, ranks=engine.ranks, corpus=corpus.sha256)
+            skipped = count_unusable(corpus.split("train"), run.data.seq_len)
+            if skipped:
+                tracker.event("skipped_documents", count=skipped, reason=f"media and over {run.data.seq_len} tokens")
+        stream = _Stream(run, corpus, engine)
+        began, first = time.monotonic(), state.step
+        for batches, waited_s in stream.steps(state.step):
+            started = time.monotonic()
+            step = state.step + 1
+            torch.manual_seed(hash((run.seed, step, engine.rank)))  # dropout: a function of the step, so no state
+            lr = run.optimizer.lr * rate_share(step, run.steps, run.schedule)
+            result = training_step(engine, model, batches, stream.loss_weight_S, run.train, lr)
+            state = replace(
+                state, step=step, samples=step * run.train.global_batch_size, tokens=state.tokens + result.tokens
+            )
+            line = _line(run, state, result, engine, model, lr) | _times(
+                engine, result, time.monotonic() - started + waited_s, waited_s
+            )
+            line["batch_hash"] = stream.hash_of(batches)
+            line["eta_s"] = (time.monotonic() - began) / (step - first) * (run.steps - step)
+            if step % run.train.val_every == 0 or step == run.steps:
+                line |= stream.validate()
+            if tracker is not None:
+                tracker.metrics(line)
+            if step % run.train.save_every == 0 or step == run.steps:
+                checkpoint.save(engine, model, corpus, run.folder, state)
+
+
+class _Stream:
+    """One rank's view of the data: training batches, the held-out rows, the sources' loss weights."""
+
+    def __init__(self, run: TrainingRun, corpus: Corpus, engine: Engine) -> None:
+        self._run, self._engine = run, engine
+        sources = corpus.index.sources
+        self._names = [source.name for source in sources]
+        weights = source_weights(self._names, [s.weight for s in sources], run.data.weights, "weights")
+        losses = source_weights(self._names, [s.loss_weight for s in sources], run.data.loss_weights, "loss_weights")
+        self.loss_weight_S = torch.tensor(losses, dtype=torch.float32, device=engine.device)
+        seq_len, train = run.data.seq_len, corpus.split("train")
+        rows = run.steps * run.train.global_batch_size
+        self._train = Rows(train, training_rows(train, weights, run.seed, seq_len, rows), seq_len)
+        heldout = corpus.split("heldout")
+        plan = heldout_rows(heldout, seq_len, run.train.val_rows) if len(heldout) else []
+        # Empty rows fill up the last batch: ranks that run unequal numbers of forwards would wait for ever.
+        width = engine.ranks * run.train.micro_batch_size
+        plan += [[]] * (-len(plan) % width)
+        self._heldout, self._heldout_batches = Rows(heldout, plan, seq_len), len(plan) // width
+
+    def steps(self, first: int) -> Iterator[tuple[list[Batch], float]]:
+        """This rank's micro batches of each step, on the device, with the seconds waited for them."""
+        asked = time.monotonic()
+        for batches in self._batches(self._train, first, self._run.steps, self._run.train.global_batch_size):
+            ready = [batch.to(self._engine.device) for batch in batches]
+            yield ready, time.monotonic() - asked
+            asked = time.monotonic()
+
+    def _batches(self, rows: Rows, first: int, steps: int, batch_size: int) -> Iterator[list[Batch]]:
+        engine, run = self._engine, self._run
+        return rank_batches(
+            rows,
+            first,
+            steps,
+            batch_size,
+            run.train.micro_batch_size,
+            engine.rank,
+            engine.ranks,
+            run.data.loader_workers,
+        )
+
+    def hash_of(self, batches: list[Batch]) -> str:
+        """The global batch's hash, the same for any number of ranks."""
+        digests = b"".join(digest for batch in batches for digest in batch.digests)
+        return batch_hash([self._engine.gather_bytes(digests)])
+
+    def validate(self) -> dict[str, float]:
+        """The held-out losses, or nothing where the corpus holds nothing out."""
+        if not self._heldout_batches:
+            return {}
+        width = self._engine.ranks * self._run.train.micro_batch_size
+        batches = self._batches(self._heldout, 0, self._heldout_batches, width)
+        return validation_loss(self._engine, batches, self.loss_weight_S, self._names)
+
+
+def _line(
+    run: TrainingRun, state: checkpoint.State, result: StepResult, engine: Engine, model: Decoder, lr: float
+) -> dict[str, Any]:
+    """The metrics of one step, by the contract's keys."""
+    line: dict[str, Any] = {
+        "step": state.step,
+        "loss/next_token": result.next_token,
+        "loss/balance": result.balance,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens": state.tokens,
+        "memory_peak_bytes": int(engine.max_over_ranks(_peak_memory_bytes())),
+    }
+    for (index, _), counts_E in zip(sparse_layers(model), result.tokens_per_expert_LE.tolist(), strict=True):
+        mean = sum(counts_E) / len(counts_E)
+        line[f"router/{index}/load_max_over_mean"] = max(counts_E) / mean if mean else 0.0
+        line[f"router/{index}/dead_experts"] = counts_E.count(0)
+        line[f"router/{index}/tokens_per_expert"] = counts_E
+    return line
+
+
+def _times(engine: Engine, result: StepResult, step_s: float, waited_s: float) -> dict[str, float]:
+    return {
+        "tokens_per_s": result.tokens / step_s,
+        "tokens_per_s_per_rank": result.tokens / step_s / engine.ranks,
+        "step_s": step_s,
+        "data_wait_s": waited_s,
+    }
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

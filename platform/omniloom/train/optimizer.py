@@ -1,0 +1,31 @@
+"""Which parameters decay, and the optimizer's section of DeepSpeed's configuration."""
+
+from typing import Any
+
+from torch import nn
+
+from omniloom.train.config import OptimizerConfig
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Two groups: matrices decay; norms, biases and embeddings do not."""
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    decay: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        (spared if parameter.dim() < 2 or id(parameter) in embeddings else decay).append(parameter)
+    return [{"params": decay, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def deepspeed_section(config: OptimizerConfig) -> dict[str, Any]:
+    """DeepSpeed's `optimizer` entry: torch's own AdamW, which needs no compiled extension."""
+    return {
+        "type": "AdamW",
+        "params": {
+            "lr": config.lr,
+            "betas": [config.beta1, config.beta2],
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+            "torch_adam": True,
+        },
+    }
