@@ -1,7 +1,7 @@
 """A trained model to scores: `omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[a.txt]`."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from omniloom.cluster.session import ray_session
 from omniloom.settings import EvaluateSettings, resource_folder, run_job
@@ -28,7 +28,7 @@ def main(settings: EvaluateSettings) -> None:
         scores = list(run_each(evaluate_item, items))
     results = gather(scores, place.step_of(model))
     if place.run_folder is not None:
-        record_evaluations(place.run_folder, results, settings.track, asdict(settings))
+        record_evaluations(place.run_folder, results)
     print(json.dumps(results) if settings.json else table(list(results.values())))
 
 

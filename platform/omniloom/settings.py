@@ -23,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 from omniloom.cluster.config import ClusterConfig
 from omniloom.data.config import CorpusConfig
 from omniloom.errors import ConfigError, OmniloomError, did_you_mean
-from omniloom.track.config import TrackConfig
 from omniloom.train.config import TrainingRun
 
 Settings = TypeVar("Settings")
@@ -72,7 +71,6 @@ class EvaluateSettings:
     batch_tokens: int = 8_192
     runs_dir: str = "runs"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
     json: bool = False
 
     def check(self) -> None:

@@ -11,7 +11,8 @@ from omniloom.data.mixture import document_order
 from omniloom.data.shards import CorpusSplit
 from omniloom.errors import DataError
 
-OPEN_ROWS = 32  # rows that wait for a document that fits; more packs tighter and shuffles wider
+OPEN_ROWS = 32  # rows that wait for a document that fits; more packs tighter
+SHUFFLED_ROWS = 256  # rows are shuffled in blocks of this size: a long document fills many in a row
 
 
 class Piece(NamedTuple):
@@ -74,7 +75,10 @@ def pack(pieces: Iterable[Piece], seq_len: int) -> Iterator[list[Piece]]:
 
 
 def training_rows(split: CorpusSplit, weights: np.ndarray, seed: int, seq_len: int, rows: int) -> list[list[Piece]]:
-    """The first `rows` rows of the endless training stream: a function of (corpus, weights, seed, seq_len)."""
+    """The first `rows` rows of the endless training stream: a function of (corpus, weights, seed, seq_len).
+
+    Prefix-stable too: block b of SHUFFLED_ROWS is permuted by (seed, b), whatever comes after it.
+    """
     usable = _usable(split, seq_len)
     order = document_order(split.tokens[usable], split.source[usable], weights, seed)
     pieces = (
@@ -82,7 +86,12 @@ def training_rows(split: CorpusSplit, weights: np.ndarray, seed: int, seq_len: i
         for number in order
         for piece in cut(usable[number], split.tokens[usable[number]], split.media_tokens[usable[number]], seq_len)
     )
-    return list(islice(pack(pieces, seq_len), rows))
+    blocks = -(-rows // SHUFFLED_ROWS)
+    packed = list(islice(pack(pieces, seq_len), blocks * SHUFFLED_ROWS))
+    order_in_blocks = [
+        b * SHUFFLED_ROWS + np.random.default_rng([seed, b]).permutation(SHUFFLED_ROWS) for b in range(blocks)
+    ]
+    return [packed[i] for i in np.concatenate(order_in_blocks)[:rows]]
 
 
 def heldout_rows(split: CorpusSplit, seq_len: int, rows: int) -> list[list[Piece]]:

@@ -6,6 +6,7 @@ commit), `index.json` (written last of all, the corpus's commit).
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -256,6 +257,15 @@ class Corpus:
     def split(self, split: Split) -> "CorpusSplit":
         """The documents of one split."""
         return CorpusSplit(self, split)
+
+    def write_reading_rules(self, folder: Path) -> None:
+        """Put beside a model what turns files into its tokens: tokenizer.json and modality.json.
+
+        And target_counts.json: a unigram model, what its text scores are held against.
+        """
+        shutil.copyfile(self.folder / "tokenizer.json", folder / "tokenizer.json")
+        (folder / "modality.json").write_bytes(TypeAdapter(ModalityConfig).dump_json(self.index.modality, indent=1))
+        (folder / "target_counts.json").write_text(json.dumps(self.index.target_counts))
 
     def rejects(self) -> Counter[str]:
         """Skipped documents by reason."""

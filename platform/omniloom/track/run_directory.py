@@ -82,7 +82,7 @@ def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
     if (folder / "run.json").is_file():
         record = read_record(folder)
         _refuse_changes(folder, config)
-        asks_more = (config["train"]["steps"] or 0) > (_saved(folder)["train"]["steps"] or 0)
+        asks_more = (config["train"]["steps"] or 0) > (read_config(folder)["train"]["steps"] or 0)
         if record.status == "finished" and not asks_more:
             return record
         record.status, record.exit_reason = "running", None
@@ -123,13 +123,14 @@ def running(folder: Path) -> Iterator[None]:
         jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": status, "reason": reason})
 
 
-def _saved(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration that a run was started with."""
     saved: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
     return saved
 
 
 def _refuse_changes(folder: Path, config: Mapping[str, Any]) -> None:
-    old, new = _flat(_saved(folder)), _flat(config)
+    old, new = _flat(read_config(folder)), _flat(config)
     changed = [
         f"  {key}: {old.get(key)} → {new.get(key)}"
         for key in sorted(old.keys() | new.keys())

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from omniloom.track import jsonl
 from omniloom.track.config import TrackConfig
-from omniloom.track.run_directory import read_record, write_record
+from omniloom.track.run_directory import read_config, read_record, write_record
 from omniloom.track.wandb_tracker import WandbTracker
 
 
@@ -46,12 +46,11 @@ def write_event(folder: Path, kind: str, **facts: Any) -> None:
     jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": kind, **facts})
 
 
-def record_evaluations(
-    folder: Path, results: dict[str, dict[str, Any]], config: TrackConfig, settings: dict[str, Any]
-) -> None:
-    """Write each task's result under evals/step_…/ of a run, and bring its W&B record up to date."""
+def record_evaluations(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write each task's result under evals/step_…/ of a run, and bring the run's W&B record up to date."""
     for task, result in results.items():
         path = folder / "evals" / f"step_{result['step']:08d}" / f"{task}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1))
-    WandbTracker(folder, read_record(folder), config, settings).close(exit_code=0)
+    settings = read_config(folder)
+    WandbTracker(folder, read_record(folder), TrackConfig(**settings["track"]), settings).close(exit_code=0)

@@ -15,7 +15,6 @@ from pydantic import TypeAdapter
 
 from omniloom.data.shards import Corpus, file_sha256
 from omniloom.errors import CheckpointError, DataError
-from omniloom.modality.config import ModalityConfig
 from omniloom.model.decoder import Decoder
 from omniloom.model.load import save_model
 from omniloom.train.engine import Engine
@@ -49,12 +48,7 @@ def save(engine: Engine, model: Decoder, corpus: Corpus, run_folder: Path, state
     weights = engine.weights()
     if engine.rank == 0:
         save_model(folder / "model", model.config, weights)
-        shutil.copyfile(corpus.folder / "tokenizer.json", folder / "model" / "tokenizer.json")
-        (folder / "model" / "modality.json").write_bytes(
-            TypeAdapter(ModalityConfig).dump_json(corpus.index.modality, indent=1)
-        )
-        # The counts of a unigram model: what a text score is held against.
-        (folder / "model" / "target_counts.json").write_text(json.dumps(corpus.index.target_counts))
+        corpus.write_reading_rules(folder / "model")
         (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
     engine.barrier()  # every rank's shards are on disk
     if engine.rank == 0:

@@ -1,5 +1,7 @@
 """The training loop of one rank, from the corpus to the last checkpoint."""
 
+import os
+import platform
 import resource
 import time
 from collections.abc import Iterator
@@ -51,7 +53,9 @@ def train(run: TrainingRun) -> None:
         tracker = None
         if engine.rank == 0:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
-            tracker.event("start", step=state.step, ranks=engine.ranks, corpus=corpus.sha256)
+            tracker.event(
+                "start", step=state.step, ranks=engine.ranks, host=platform.node(), pid=os.getpid(), corpus=corpus.sha256
+            )
             skipped = count_unusable(corpus.split("train"), run.data.seq_len)
             if skipped:
                 tracker.event("skipped_documents", count=skipped, reason=f"media and over {run.data.seq_len} tokens")

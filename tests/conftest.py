@@ -1,0 +1,52 @@
+"""What all tests share: the real files, one Ray cluster, one trained smoke run."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("RAY_ADDRESS", None)  # never somebody else's cluster
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real files; a test that needs it fails, and is not skipped, where it is absent."""
+    folder = Path(os.environ.get("OMNILOOM_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "README.md").is_file():
+        pytest.fail(f"no real files at {folder}: set OMNILOOM_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray cluster on loopback for the whole session; jobs run in this process use it."""
+    from omniloom.cluster.config import ClusterConfig
+    from omniloom.cluster.session import ray_session
+
+    with ray_session(ClusterConfig(workers=4)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the session's corpora and runs."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def smoke_run(ray_cluster: None, workspace: Path) -> Path:
+    """A finished run of experiment=smoke on one rank."""
+    return train_smoke(workspace, "smoke")
+
+
+def train_smoke(workspace: Path, run: str, *overrides: str) -> Path:
+    """Train experiment=smoke in this process and return the run's folder."""
+    from omniloom.cli import run_verb
+
+    shared = [f"corpus={workspace}/corpora/smoke", f"runs_dir={workspace}/runs"]
+    run_verb("train", ["experiment=smoke", f"run={run}", *shared, *overrides])
+    return workspace / "runs" / run

@@ -1,0 +1,73 @@
+"""Small corpora made by hand, without Ray: what the tokenize job's workers do, called one after another."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import TypeAdapter
+
+from omniloom.data.shards import Corpus, Index, SourceRecord, count_targets, file_sha256, write_shard
+from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.modality.config import ImageConfig, ModalityConfig
+from omniloom.modality.text import load_tokenizer, train_tokenizer
+
+TINY = ModalityConfig(ImageConfig(size_pixels=4, patch_pixels=2))  # a picture is 4 tokens of 12 values
+
+
+def save_picture(path: Path, seed: int, side: int = 4) -> Path:
+    """Random pixels as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+def save_lines(path: Path, *documents: list[dict[str, Any]] | str) -> Path:
+    """An interleaved jsonl: a list is a document's segments, a string a line as it stands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [line if isinstance(line, str) else json.dumps({"segments": line}) for line in documents]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A corpus folder with a tokenizer and room for shards."""
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.json").is_file():
+        train_tokenizer(iter(["red green blue", "which colour? 123"] * 4), 280).save(folder / "tokenizer.json")
+
+
+def interleaved_unit(*files: Path, name: str = "pictures-train-00000") -> Unit:
+    return Unit(name, "pictures", "train", "interleaved", [str(file) for file in files])
+
+
+def text_unit(*files: Path, name: str = "words-train-00000") -> Unit:
+    return Unit(name, "words", "train", "text", [str(file) for file in files])
+
+
+def raw_documents(unit: Unit) -> list[Any]:
+    """What the unit's files hold before their media are read."""
+    return [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
+
+
+def build(manifest_path: Path, folder: Path, modality: ModalityConfig = TINY) -> Corpus:
+    """All shards of a manifest and the index, in this process."""
+    manifest = read_manifest(manifest_path)
+    make_tokenizer(folder)
+    records = [write_shard(unit, folder, modality) for unit in list_units(manifest, manifest_path.parent)]
+    vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
+    index = Index(
+        tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+        vocab_size=vocab_size,
+        modality=modality,
+        sources=[SourceRecord(name, s.weight, s.loss_weight) for name, s in manifest.sources.items()],
+        shards=records,
+        target_counts=count_targets(folder, records, vocab_size),
+    )
+    (folder / "index.json").write_bytes(TypeAdapter(Index).dump_json(index))
+    return Corpus(folder)

@@ -1,0 +1,154 @@
+"""One stream of rows, whatever the number of ranks, micro batches and loader processes."""
+
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from handmade import build
+
+from omniloom.data.loader import Batch, Rows, batch_hash, rank_batches, rank_samples, row_digest
+from omniloom.data.pack import heldout_rows, training_rows
+from omniloom.data.samples import write_samples
+from omniloom.data.shards import CorpusSplit
+from omniloom.modality.sequence import IMAGE, Row
+
+SEQ_LEN, STEPS, GLOBAL = 32, 3, 8
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> CorpusSplit:
+    """The training documents of the smoke samples: words and pictures."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("loader")
+    return build(write_samples("smoke", folder / "files"), folder / "corpus").split("train")
+
+
+@pytest.fixture(scope="module")
+def rows(split: CorpusSplit) -> Rows:
+    plan = training_rows(split, np.array([1.0, 1.0]), 0, SEQ_LEN, 8 * STEPS * GLOBAL)
+    return Rows(split, plan[::8], SEQ_LEN)  # spread out: the windows of one long text follow one another
+
+
+def digests(rows: Rows, rank: int, ranks: int, micro: int, workers: int = 0, first: int = 0) -> list[list[bytes]]:
+    """One rank's row digests, a list a step."""
+    steps = rank_batches(rows, first, STEPS, GLOBAL, micro, rank, ranks, workers)
+    return [[digest for batch in batches for digest in batch.digests] for batches in steps]
+
+
+def step_hashes(rows: Rows, ranks: int, micro: int) -> list[str]:
+    """Each step's hash, the ranks' digests joined in rank order."""
+    parts = [digests(rows, rank, ranks, micro) for rank in range(ranks)]
+    return [batch_hash([d for part in parts for d in part[step]]) for step in range(STEPS)]
+
+
+def test_ranks_and_micro_batches_do_not_change_a_steps_hash(rows: Rows) -> None:
+    expected = [
+        batch_hash([row_digest(rows[index]) for index in range(step * GLOBAL, (step + 1) * GLOBAL)])
+        for step in range(STEPS)
+    ]
+    assert len(set(expected)) == STEPS
+    for ranks in (1, 2, 4):
+        for micro in (1, 2):
+            assert step_hashes(rows, ranks, micro) == expected, (ranks, micro)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_ranks_share_each_steps_samples_in_order(ranks: int, micro: int) -> None:
+    parts = [rank_samples(5, GLOBAL, micro, rank, ranks) for rank in range(ranks)]
+    assert [i for part in parts for batch in part for i in batch] == list(range(40, 48))
+    assert all(len(batch) == micro for part in parts for batch in part)
+
+
+def test_a_resumed_run_goes_on_with_the_same_batches(rows: Rows) -> None:
+    assert digests(rows, 1, 2, 2, first=2) == digests(rows, 1, 2, 2)[2:]
+
+
+def test_the_hash_knows_the_order_of_rows(rows: Rows) -> None:
+    one, two = row_digest(rows[0]), row_digest(rows[1])
+    assert batch_hash([one, two]) != batch_hash([two, one])
+    assert batch_hash([one, two]) == batch_hash([one + two])
+
+
+def with_picture(rows: Rows) -> Row:
+    return next(row for row in (rows[index] for index in range(len(rows))) if len(row.image))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "modality", "position", "document", "source", "loss_mask", "image"])
+def test_one_changed_value_of_a_field_changes_the_digest(name: str, rows: Rows) -> None:
+    row = with_picture(rows)
+    for place in (0, -1):
+        changed = getattr(row, name).copy()
+        changed.reshape(-1)[place] ^= 1
+        assert row_digest(replace(row, **{name: changed})) != row_digest(row)
+    assert row_digest(replace(row, **{name: getattr(row, name).copy()})) == row_digest(row)
+
+
+def test_dtype_and_shape_change_the_digest(rows: Rows) -> None:
+    row = with_picture(rows)
+    assert row_digest(replace(row, modality=row.modality.view(np.int8))) != row_digest(row)
+    assert row_digest(replace(row, image=row.image.reshape(-1, row.image.shape[1] // 2))) != row_digest(row)
+
+
+def test_loader_processes_give_the_same_batches(rows: Rows) -> None:
+    alone = list(rank_batches(rows, 0, 2, GLOBAL, 2, 0, 2, 0))
+    helped = list(rank_batches(rows, 0, 2, GLOBAL, 2, 0, 2, 2))
+    assert [len(step) for step in alone] == [len(step) for step in helped] == [2, 2]
+    for one, other in zip(chain(*alone), chain(*helped), strict=True):
+        assert one.digests == other.digests
+        assert all(torch.equal(one.fields[name], other.fields[name]) for name in one.fields)
+
+
+def test_a_batch_joins_pictures_in_order_of_appearance(rows: Rows) -> None:
+    chosen = [rows[index] for index in range(len(rows))]
+    assert 2 <= sum(len(row.image) > 0 for row in chosen) < len(chosen)
+    batch = Batch(chosen)
+    assert torch.equal(batch.fields["image"], torch.from_numpy(np.concatenate([row.image for row in chosen])))
+    assert (batch.fields["modality"] == IMAGE).sum() == len(batch.fields["image"])
+    at = 0
+    for index, row in enumerate(chosen):
+        for name in ("input_ids", "modality", "position", "document", "source", "loss_mask"):
+            assert np.array_equal(batch.fields[name][index].numpy(), getattr(row, name)), name
+        assert np.array_equal(batch.fields["image"][at : at + len(row.image)].numpy(), row.image)
+        at += len(row.image)
+
+
+def test_a_batch_has_the_contracts_dtypes_and_shapes(rows: Rows) -> None:
+    fields = Batch([rows[0], rows[1]]).fields
+    assert {name: (field.dtype, tuple(field.shape)) for name, field in fields.items() if name != "image"} == {
+        "input_ids": (torch.int32, (2, SEQ_LEN)),
+        "modality": (torch.uint8, (2, SEQ_LEN)),
+        "position": (torch.int32, (2, SEQ_LEN, 3)),
+        "document": (torch.int32, (2, SEQ_LEN)),
+        "source": (torch.uint8, (2, SEQ_LEN)),
+        "loss_mask": (torch.uint8, (2, SEQ_LEN)),
+    }
+    assert fields["image"].dtype == torch.uint8
+    assert fields["image"].shape[1] == 12
+
+
+def test_a_row_holds_its_documents_side_by_side(split: CorpusSplit, rows: Rows) -> None:
+    for index, pieces in enumerate(rows._plan[:10]):
+        row, at = rows[index], 0
+        for number, piece in enumerate(pieces):
+            document = split.document(piece.document).window(piece.start, piece.stop)
+            here = slice(at, at + len(document))
+            assert np.array_equal(row.input_ids[here], document.input_ids)
+            assert np.array_equal(row.loss_mask[here], document.loss_mask)
+            assert (row.document[here] == number).all()
+            assert (row.source[here] == split.source[piece.document]).all()
+            at += len(document)
+        assert (row.document[at:] == -1).all()
+        assert (row.input_ids[at:] == split.tokenizer.eos_id).all()
+        assert not row.loss_mask[at:].any()
+
+
+def test_the_heldout_rows_of_a_corpus_hold_each_source(tmp_path: Path) -> None:
+    heldout = build(write_samples("smoke", tmp_path / "files"), tmp_path / "corpus").split("heldout")
+    plan = heldout_rows(heldout, SEQ_LEN, 8)
+    rows = Rows(heldout, plan, SEQ_LEN)
+    seen = {int(s) for i in range(len(rows)) for s in rows[i].source[rows[i].document >= 0]}
+    assert seen == {0, 1}

@@ -1,0 +1,237 @@
+"""Whole documents into rows: nothing is lost, doubled or cut that must not be."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+from handmade import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniloom.data.loader import Rows
+from omniloom.data.pack import OPEN_ROWS, Piece, count_unusable, cut, heldout_rows, pack, training_rows
+from omniloom.errors import DataError
+
+quiet = settings(max_examples=60, deadline=None)
+SEQ_LEN = 16
+lengths = st.lists(st.integers(1, SEQ_LEN) | st.integers(9, SEQ_LEN), max_size=90)
+
+
+@dataclass
+class Split:
+    """What packing looks at of a CorpusSplit."""
+
+    tokens: np.ndarray
+    media_tokens: np.ndarray
+    source: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> Split:
+    """Documents short and long, with and without media, of up to three sources; the first of each source fits."""
+    sources = draw(st.integers(1, 3))
+    extra = draw(st.lists(st.tuples(st.integers(2, 60), st.booleans(), st.integers(0, sources - 1)), max_size=30))
+    documents = [(draw(st.integers(2, SEQ_LEN)), False, source) for source in range(sources)] + extra
+    tokens, media, source = (np.array(column) for column in zip(*documents, strict=True))
+    return Split(tokens, media * (tokens // 2), source)
+
+
+def pieces_of(tokens: list[int]) -> list[Piece]:
+    return [Piece(number, 0, length) for number, length in enumerate(tokens)]
+
+
+def filled_rows(pieces: list[Piece]) -> list[list[Piece]]:
+    """The rows that `pack` gives before it has seen that there is no more."""
+    ended = False
+
+    def feed() -> Iterator[Piece]:
+        nonlocal ended
+        yield from pieces
+        ended = True
+
+    rows = []
+    for row in pack(feed(), SEQ_LEN):
+        if ended:
+            break
+        rows.append(list(row))
+    return rows
+
+
+def weights_of(split: Split) -> np.ndarray:
+    return np.ones(split.source.max() + 1)
+
+
+@quiet
+@given(lengths)
+def test_every_piece_lies_in_one_row_that_holds_it(tokens: list[int]) -> None:
+    rows = list(pack(pieces_of(tokens), SEQ_LEN))
+    assert all(0 < sum(piece.tokens for piece in row) <= SEQ_LEN for row in rows)
+    assert sorted(piece for row in rows for piece in row) == pieces_of(tokens)
+
+
+@quiet
+@given(lengths, lengths)
+def test_more_pieces_never_change_the_rows_already_given(tokens: list[int], more: list[int]) -> None:
+    given_rows = filled_rows(pieces_of(tokens))
+    longer = list(pack(pieces_of(tokens + more), SEQ_LEN))
+    assert longer[: len(given_rows)] == given_rows
+    shorter = list(pack(pieces_of(tokens), SEQ_LEN))
+    assert shorter[: len(given_rows)] == given_rows
+    assert len(shorter) - len(given_rows) <= OPEN_ROWS
+
+
+def test_best_fit_by_hand() -> None:
+    # 10 and 13 open a row each; 3 fits the second exactly, which comes out first; 4 goes to the first, 5 opens a third.
+    rows = list(pack(pieces_of([10, 13, 3, 4, 5]), SEQ_LEN))
+    assert [[piece.document for piece in row] for row in rows] == [[1, 2], [0, 3], [4]]
+
+
+def test_the_fullest_open_row_leaves_when_there_are_too_many() -> None:
+    tokens = [9] * (OPEN_ROWS - 1) + [12, 10]
+    rows = list(pack(pieces_of(tokens), SEQ_LEN))
+    assert [piece.document for piece in rows[0]] == [OPEN_ROWS - 1]
+    assert len(rows) == OPEN_ROWS + 1
+
+
+def test_packing_short_documents_wastes_little() -> None:
+    generator = np.random.default_rng(0)
+    pieces = pieces_of(generator.integers(2, 40, 3_000).tolist())
+    rows = list(pack(pieces, 64))
+    assert sum(piece.tokens for piece in pieces) / (64 * len(rows)) > 0.97
+
+
+@quiet
+@given(st.integers(2, 200), st.integers(2, 40))
+def test_each_token_of_a_long_text_is_a_target_once(tokens: int, seq_len: int) -> None:
+    """The first token of a window is no target there: nothing of its document stands before it."""
+    pieces = cut(7, tokens, 0, seq_len)
+    assert all(2 <= piece.tokens <= seq_len and piece.document == 7 for piece in pieces)
+    targets = [token for piece in pieces for token in range(piece.start + 1, piece.stop)]
+    assert targets == list(range(1, tokens))
+    assert all(left.stop - 1 == right.start for left, right in pairwise(pieces))
+
+
+@given(st.integers(2, 100), st.integers(1, 50), st.integers(2, 40))
+@quiet
+def test_a_document_with_media_is_never_cut(tokens: int, media: int, seq_len: int) -> None:
+    assert cut(0, tokens, media, seq_len) == ([Piece(0, 0, tokens)] if tokens <= seq_len else [])
+
+
+@quiet
+@given(splits(), st.integers(0, 3), st.integers(1, 30), st.integers(0, 30))
+def test_a_longer_run_begins_with_the_rows_of_the_shorter(split: Split, seed: int, rows: int, more: int) -> None:
+    shorter = training_rows(split, weights_of(split), seed, SEQ_LEN, rows)
+    longer = training_rows(split, weights_of(split), seed, SEQ_LEN, rows + more)
+    assert len(shorter) == rows
+    assert longer[:rows] == shorter
+
+
+@quiet
+@given(splits())
+def test_training_rows_hold_what_fits_and_never_part_of_a_picture(split: Split) -> None:
+    rows = training_rows(split, weights_of(split), 0, SEQ_LEN, 80)
+    too_long = (split.tokens > SEQ_LEN) & (split.media_tokens > 0)
+    for row in rows:
+        assert 0 < sum(piece.tokens for piece in row) <= SEQ_LEN
+        for piece in row:
+            assert not too_long[piece.document]
+            if split.media_tokens[piece.document]:
+                assert (piece.start, piece.stop) == (0, split.tokens[piece.document])
+    assert count_unusable(split, SEQ_LEN) == sum(too_long)
+
+
+def test_another_seed_gives_another_stream() -> None:
+    split = Split(np.full(30, 8), np.zeros(30, int), np.zeros(30, int))
+    first, second, again = (training_rows(split, np.ones(1), seed, SEQ_LEN, 10) for seed in (0, 1, 0))
+    assert first == again
+    assert first != second
+
+
+def test_one_epoch_of_rows_holds_each_document_once() -> None:
+    split = Split(np.full(32, 8), np.zeros(32, int), np.zeros(32, int))
+    rows = training_rows(split, np.ones(1), 0, SEQ_LEN, 32)  # two documents fill a row: 16 rows an epoch
+    for epoch in (rows[:16], rows[16:]):
+        assert sorted(piece.document for row in epoch for piece in row) == list(range(32))
+
+
+def test_shares_of_the_packed_tokens_come_to_the_weights() -> None:
+    generator = np.random.default_rng(0)
+    tokens = np.concatenate([generator.integers(2, 12, 50), generator.integers(5, 50, 20)])
+    media = np.concatenate([np.full(50, 1), np.zeros(20, int)])
+    split = Split(tokens, media, np.repeat([0, 1], [50, 20]))
+    rows = training_rows(split, np.array([0.2, 0.8]), 0, SEQ_LEN, 2_000)
+    count: Counter[int] = Counter()
+    for row in rows:
+        for piece in row:
+            count[int(split.source[piece.document])] += piece.tokens
+    assert count[0] / count.total() == pytest.approx(0.2, abs=0.02)
+
+
+def test_no_usable_document_is_refused_with_both_lengths() -> None:
+    split = Split(np.array([20, 30]), np.array([4, 4]), np.zeros(2, int))
+    with pytest.raises(DataError, match=r"data.seq_len=16.*20 tokens"):
+        training_rows(split, np.ones(1), 0, SEQ_LEN, 1)
+    nothing = np.zeros(0, int)
+    with pytest.raises(DataError, match="no document in this split"):
+        training_rows(Split(nothing, nothing, nothing), np.ones(1), 0, SEQ_LEN, 1)
+
+
+@quiet
+@given(splits(), st.integers(1, 12))
+def test_heldout_rows_hold_each_source_and_no_token_twice(split: Split, rows: int) -> None:
+    plan = heldout_rows(split, SEQ_LEN, rows)
+    pieces = [piece for row in plan for piece in row]
+    assert {int(split.source[piece.document]) for piece in pieces} == set(split.source.tolist())
+    targets = [(piece.document, token) for piece in pieces for token in range(piece.start + 1, piece.stop)]
+    assert len(set(targets)) == len(targets)
+    assert all(sum(piece.tokens for piece in row) <= SEQ_LEN for row in plan)
+    assert plan == heldout_rows(split, SEQ_LEN, rows)
+
+
+def test_heldout_rows_share_their_tokens_equally_between_sources() -> None:
+    split = Split(np.full(200, 8), np.zeros(200, int), np.repeat([0, 1], [150, 50]))
+    plan = heldout_rows(split, SEQ_LEN, 10)
+    count = Counter(int(split.source[piece.document]) for row in plan for piece in row)
+    assert count == {0: 10, 1: 10}
+    assert len(plan) == 10
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The rows of one long text, in the order of its windows."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "a.txt").write_text(" ".join(str(number) for number in range(60)))
+    (folder / "corpus.yaml").write_text("sources: {words: {format: text, train: [a.txt]}}")
+    split = build(folder / "corpus.yaml", folder / "corpus").split("train")
+    pieces = cut(0, int(split.tokens[0]), 0, SEQ_LEN)
+    return Rows(split, list(pack(pieces, SEQ_LEN)), SEQ_LEN)
+
+
+def test_the_targets_of_a_long_text_come_to_the_whole_text(long_text: Rows) -> None:
+    """Every token but bos is learned once, over the windows of real rows."""
+    split = long_text._split
+    assert len(long_text) > 5
+    targets: list[int] = []
+    windows = []
+    for row in (long_text[index] for index in range(len(long_text))):
+        for number in range(row.document.max() + 1):
+            windows.append(row.input_ids[row.document == number].tolist())
+    starts = {piece.start: ids for piece, ids in zip(_all_pieces(long_text), windows, strict=True)}
+    for start in sorted(starts):
+        targets += starts[start][1:]
+    assert targets == split.document(0).input_ids.tolist()[1:]
+
+
+def _all_pieces(rows: Rows) -> list[Piece]:
+    return [piece for row in rows._plan for piece in row]
+
+
+def test_the_stream_never_ends() -> None:
+    split = Split(np.array([SEQ_LEN]), np.array([0]), np.array([0]))
+    assert list(islice(training_rows(split, np.ones(1), 0, SEQ_LEN, 50), 49, 50)) == [[Piece(0, 0, SEQ_LEN)]]

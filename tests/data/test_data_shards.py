@@ -1,0 +1,323 @@
+"""Shards hold documents bit for bit; a finished one is kept, anything else is written again."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handmade import TINY, build, interleaved_unit, make_tokenizer, raw_documents, save_lines, save_picture, text_unit
+from PIL import Image
+
+from omniloom.data.samples import write_samples
+from omniloom.data.shards import (
+    DOCUMENTS_PER_BATCH,
+    Corpus,
+    Shard,
+    ShardRecord,
+    count_targets,
+    file_sha256,
+    weave_document,
+    write_shard,
+)
+from omniloom.data.source import Unit
+from omniloom.errors import DataError
+from omniloom.modality.config import ImageConfig, ModalityConfig
+from omniloom.modality.sequence import Document
+from omniloom.modality.text import load_tokenizer
+
+PATCH = TINY.image.patch_values
+
+
+def same(left: Document, right: Document) -> bool:
+    """Every field equal, dtype and shape too."""
+    pairs = [(getattr(left, name), getattr(right, name)) for name in vars(left)]
+    return all(a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b) for a, b in pairs)
+
+
+def woven(unit: Unit, corpus: Path) -> list[Document]:
+    tokenizer = load_tokenizer(corpus / "tokenizer.json")
+    return [weave_document(raw, tokenizer, TINY) for raw in raw_documents(unit)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """An empty corpus folder with its tokenizer."""
+    make_tokenizer(tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Unit:
+    """Documents of none, one and two pictures, and one of no text at all."""
+    for seed in range(3):
+        save_picture(tmp_path / f"{seed}.png", seed, side=4 + seed)
+    lines = save_lines(
+        tmp_path / "pictures.jsonl",
+        [{"image": "0.png"}, {"text": "which colour?", "loss": False}, {"text": " red"}],
+        [{"text": "no picture here: naïve 猫"}],
+        [{"text": "two"}, {"image": "1.png"}, {"text": "and"}, {"image": "2.png"}],
+        [{"image": "0.png"}],
+    )
+    return interleaved_unit(lines)
+
+
+def test_documents_come_back_bit_for_bit_in_any_order(corpus: Path, pictures: Unit) -> None:
+    record = write_shard(pictures, corpus, TINY)
+    expected = woven(pictures, corpus)
+    shard = Shard(corpus / "shards" / record.file, PATCH)
+    assert len(expected) == record.documents == 4
+    for index in (3, 0, 2, 1, 0):
+        assert same(shard.document(index), expected[index]), index
+    assert [len(document.image) for document in expected] == [4, 0, 8, 4]
+    lengths = shard.lengths()
+    assert lengths.dtype == np.int64
+    assert lengths.tolist() == [[len(document), len(document.image)] for document in expected]
+    assert (record.tokens, record.media_tokens) == (sum(map(len, expected)), 16)
+    assert record.rejects == []
+
+
+def test_documents_are_found_across_arrow_batches(corpus: Path, tmp_path: Path) -> None:
+    count = DOCUMENTS_PER_BATCH + 3
+    save_picture(tmp_path / "0.png", 0)
+    picture = [{"image": "0.png"}]
+    unit = interleaved_unit(
+        save_lines(tmp_path / "a.jsonl", *([{"text": str(i)}, *(picture * (i % 3 == 0))] for i in range(count)))
+    )
+    record = write_shard(unit, corpus, TINY)
+    shard = Shard(corpus / "shards" / record.file, PATCH)
+    expected = woven(unit, corpus)
+    for index in (0, 1, DOCUMENTS_PER_BATCH - 1, DOCUMENTS_PER_BATCH, count - 1):
+        assert same(shard.document(index), expected[index]), index
+    assert shard.lengths().tolist() == [[len(document), len(document.image)] for document in expected]
+
+
+def test_the_record_names_the_file_it_stands_beside(corpus: Path, pictures: Unit) -> None:
+    record = write_shard(pictures, corpus, TINY)
+    path = corpus / "shards" / record.file
+    assert (record.source, record.split, record.file) == ("pictures", "train", "pictures-train-00000.arrow")
+    assert (record.bytes, record.sha256) == (path.stat().st_size, file_sha256(path))
+    assert (corpus / "shards" / "pictures-train-00000.json").is_file()
+
+
+def test_writing_twice_gives_the_same_bytes(corpus: Path, pictures: Unit, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "again")
+    assert write_shard(pictures, corpus, TINY) == write_shard(pictures, tmp_path / "again", TINY)
+
+
+def test_a_finished_shard_is_kept(corpus: Path, pictures: Unit) -> None:
+    first = write_shard(pictures, corpus, TINY)
+    before = {path.name: path.stat().st_mtime_ns for path in (corpus / "shards").iterdir()}
+    assert write_shard(pictures, corpus, TINY) == first
+    assert {path.name: path.stat().st_mtime_ns for path in (corpus / "shards").iterdir()} == before
+
+
+def test_a_shard_is_written_again_when_its_file_changes(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("red")
+    first = write_shard(text_unit(path), corpus, TINY)
+    path.write_text("red green")
+    second = write_shard(text_unit(path), corpus, TINY)
+    assert first.fingerprint != second.fingerprint
+    assert second.tokens > first.tokens
+
+
+def test_a_shard_is_written_again_when_one_of_its_pictures_changes(
+    corpus: Path, pictures: Unit, tmp_path: Path
+) -> None:
+    write_shard(pictures, corpus, TINY)
+    save_picture(tmp_path / "0.png", seed=99)
+    record = write_shard(pictures, corpus, TINY)
+    assert same(Shard(corpus / "shards" / record.file, PATCH).document(0), woven(pictures, corpus)[0])
+
+
+def test_a_shard_is_written_again_for_other_sizes_and_another_tokenizer(corpus: Path, pictures: Unit) -> None:
+    first = write_shard(pictures, corpus, TINY)
+    second = write_shard(pictures, corpus, ModalityConfig(ImageConfig(8, 2)))
+    assert second.media_tokens == 4 * first.media_tokens
+    path = corpus / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1), encoding="utf-8")
+    assert write_shard(pictures, corpus, ModalityConfig(ImageConfig(8, 2))).fingerprint != second.fingerprint
+
+
+def cut_arrow(shards: Path) -> None:
+    arrow = next(shards.glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:-10])
+
+
+def remove_arrow(shards: Path) -> None:
+    next(shards.glob("*.arrow")).unlink()
+
+
+def remove_record(shards: Path) -> None:
+    """What a kill while the Arrow file was being written leaves."""
+    cut_arrow(shards)
+    next(shards.glob("*.json")).unlink()
+
+
+def cut_record(shards: Path) -> None:
+    record = next(shards.glob("*.json"))
+    record.write_bytes(record.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("damage", [cut_arrow, remove_arrow, remove_record, cut_record])
+def test_an_unfinished_shard_is_written_again(damage: object, corpus: Path, pictures: Unit) -> None:
+    first = write_shard(pictures, corpus, TINY)
+    damage(corpus / "shards")
+    assert write_shard(pictures, corpus, TINY) == first
+    path = corpus / "shards" / first.file
+    assert file_sha256(path) == first.sha256
+    assert len(Shard(path, PATCH).lengths()) == 4
+
+
+def reject(corpus: Path, folder: Path, *segments: dict[str, object]) -> ShardRecord:
+    """The record of a shard of one good document, one bad and one good."""
+    good = [{"text": "good"}]
+    return write_shard(interleaved_unit(save_lines(folder / "a.jsonl", good, list(segments), good)), corpus, TINY)
+
+
+def test_unreadable_and_missing_pictures_are_rejected_with_file_and_reason(corpus: Path, tmp_path: Path) -> None:
+    whole = save_picture(tmp_path / "whole.png", 0)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:-30])
+    (tmp_path / "text.png").write_text("no picture")
+    documents = [[{"image": f"{name}.png"}, {"text": "a"}] for name in ("whole", "cut", "text", "missing")]
+    lines = save_lines(tmp_path / "a.jsonl", *documents, "{", [{"txt": "a"}])
+    record = write_shard(interleaved_unit(lines), corpus, TINY)
+    assert record.documents == 1
+    assert [reject.name for reject in record.rejects] == [f"{lines}:{number}" for number in (2, 3, 4, 5, 6)]
+    said = [reject.reason for reject in record.rejects]
+    assert "damaged picture" in said[0]
+    assert "not a readable JPEG, PNG, GIF, WEBP picture" in said[1]
+    assert f"cannot read {tmp_path / 'missing.png'}: No such file" in said[2]
+    assert "JSONDecodeError" in said[3]
+    assert "did you mean 'text'?" in said[4]
+
+
+def test_unusable_text_files_are_rejected_with_file_and_reason(corpus: Path, tmp_path: Path) -> None:
+    for name, content in {"a": b"\xff", "b": b"good", "c": b""}.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    record = write_shard(text_unit(*(tmp_path / f"{name}.txt" for name in "abc")), corpus, TINY)
+    assert record.documents == 1
+    assert [(Path(reject.name).name, reject.reason) for reject in record.rejects] == [
+        ("a.txt", "not UTF-8 at byte 0"),
+        ("c.txt", "empty"),
+    ]
+
+
+@pytest.mark.parametrize("path", [".", "", "a/../nowhere.png", "x" * 5_000, "nul\0.png", "half \ud800.png"])
+def test_a_picture_path_that_names_no_file_is_rejected(path: str, corpus: Path, tmp_path: Path) -> None:
+    record = reject(corpus, tmp_path, {"image": path})
+    assert (record.documents, len(record.rejects)) == (2, 1)
+
+
+def test_half_a_surrogate_pair_is_rejected(corpus: Path, tmp_path: Path) -> None:
+    record = reject(corpus, tmp_path, {"text": "half \ud800"})
+    assert (record.documents, len(record.rejects)) == (2, 1)
+
+
+def test_a_picture_with_damaged_exif_does_not_stop_the_shard(corpus: Path, tmp_path: Path) -> None:
+    """EXIF of a width given as text, after an orientation: Pillow fails while it writes the rest back."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0\1\0\0\2\0\0\0\2x\0\0\0\0\0\0\0"
+    whole = save_picture(tmp_path / "a.jpg", 0)
+    with Image.open(whole) as picture:
+        picture.convert("RGB").save(tmp_path / "a.jpg", "JPEG", exif=exif)
+    record = reject(corpus, tmp_path, {"image": "a.jpg"})
+    assert record.documents + len(record.rejects) == 3
+
+
+def test_a_picture_file_over_the_limit_is_rejected_without_being_read(corpus: Path, tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(100 << 20)
+    tracemalloc.start()
+    try:
+        record = reject(corpus, tmp_path, {"image": "huge.png"})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "modality.image.limit_bytes" in record.rejects[0].reason
+    assert peak < 50 << 20
+
+
+def test_targets_are_counted_in_the_training_text_alone(corpus: Path, pictures: Unit) -> None:
+    record = write_shard(pictures, corpus, TINY)
+    tokenizer = load_tokenizer(corpus / "tokenizer.json")
+    expected = [0] * tokenizer.vocab_size
+    for document in woven(pictures, corpus):
+        for token, is_target in zip(document.input_ids.tolist(), document.loss_mask.tolist(), strict=True):
+            expected[token] += is_target
+    assert sum(expected) > 20
+    assert expected[tokenizer.placeholder_ids[1]] == 0
+    assert count_targets(corpus, [record], tokenizer.vocab_size) == expected
+    record.split = "heldout"
+    assert sum(count_targets(corpus, [record], tokenizer.vocab_size)) == 0
+
+
+def test_a_unit_without_a_usable_document_makes_an_empty_shard(corpus: Path, tmp_path: Path) -> None:
+    record = write_shard(interleaved_unit(save_lines(tmp_path / "a.jsonl", "{")), corpus, TINY)
+    assert (record.documents, record.tokens, len(record.rejects)) == (0, 0, 1)
+    assert Shard(corpus / "shards" / record.file, PATCH).lengths().shape == (0, 2)
+
+
+@pytest.fixture
+def smoke(tmp_path: Path) -> Corpus:
+    """A whole corpus of the smoke samples, shards of both sources and both splits."""
+    return build(write_samples("smoke", tmp_path / "files"), tmp_path / "smoke")
+
+
+def test_a_corpus_gives_each_split_its_documents_in_shard_order(smoke: Corpus) -> None:
+    for split, words in (("train", 8), ("heldout", 2)):
+        documents = smoke.split(split)
+        assert len(documents) == len(documents.tokens) == words + {"train": 60, "heldout": 12}[split]
+        assert documents.source.tolist() == [0] * words + [1] * (len(documents) - words)
+        shards = [Shard(smoke.folder / "shards" / r.file, PATCH) for r in smoke.index.shards if r.split == split]
+        expected = [shard.document(index) for shard in shards for index in range(len(shard.lengths()))]
+        assert len(expected) == len(documents)
+        for index, document in enumerate(expected):
+            assert same(documents.document(index), document)
+            assert (documents.tokens[index], documents.media_tokens[index]) == (len(document), len(document.image))
+    assert smoke.rejects() == {}
+
+
+def test_a_split_without_a_file_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("red green")
+    manifest = tmp_path / "corpus.yaml"
+    manifest.write_text("sources: {words: {format: text, train: ['*.txt']}}")
+    assert len(build(manifest, tmp_path / "corpus").split("heldout")) == 0
+
+
+def test_a_corpus_that_opens_twice_has_one_hash_and_its_rejects_by_reason(tmp_path: Path) -> None:
+    lines = save_lines(tmp_path / "a.jsonl", [{"text": "good"}], "[]", "[]", "{}")
+    manifest = tmp_path / "corpus.yaml"
+    manifest.write_text(f"sources: {{pictures: {{format: interleaved, train: [{lines.name}]}}}}")
+    corpus = build(manifest, tmp_path / "corpus")
+    assert Corpus(corpus.folder).sha256 == corpus.sha256
+    assert sorted(corpus.rejects().values()) == [1, 2]
+
+
+def test_a_missing_corpus_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no corpus at .*none: set corpus="):
+        Corpus(tmp_path / "none")
+
+
+def test_a_half_built_corpus_says_so(smoke: Corpus) -> None:
+    (smoke.folder / "index.json").unlink()
+    with pytest.raises(DataError, match="it is half built: repeat the same tokenize command"):
+        Corpus(smoke.folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[", b"\xff"])
+def test_an_index_that_is_none_is_refused(content: bytes, smoke: Corpus) -> None:
+    (smoke.folder / "index.json").write_bytes(content)
+    with pytest.raises(DataError, match="is no corpus index"):
+        Corpus(smoke.folder)
+
+
+def test_a_shard_of_another_size_than_the_index_says_is_refused(smoke: Corpus) -> None:
+    path = smoke.folder / "shards" / smoke.index.shards[0].file
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"has {size - 1:,} bytes, the index says {size:,}: tokenize again"):
+        Corpus(smoke.folder)
+    path.unlink()
+    with pytest.raises(DataError, match=f"has 0 bytes, the index says {size:,}"):
+        Corpus(smoke.folder)

@@ -1,0 +1,111 @@
+"""Latent attention against a literal loop in float64."""
+
+import math
+
+import pytest
+import torch
+from tiny_decoders import enliven, tiny_config
+from torch import Tensor
+
+from omniloom.model.attention import attend, causal_document_mask
+from omniloom.model.config import ModelConfig
+from omniloom.model.mla import LatentAttention
+from omniloom.model.position import rope_table, running_index
+
+DOCUMENTS = [[0, 0, 0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return gain * x / math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + eps)
+
+
+def turn(x: Tensor, index: int, theta: float) -> Tensor:
+    """RoPE on the pairs (x₀, x₁), (x₂, x₃), …"""
+    turned = x.clone()
+    for pair in range(len(x) // 2):
+        angle = index / theta ** (2 * pair / len(x))
+        a, b = x[2 * pair], x[2 * pair + 1]
+        turned[2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+        turned[2 * pair + 1] = a * math.sin(angle) + b * math.cos(angle)
+    return turned
+
+
+def literal_attention(module: LatentAttention, config: ModelConfig, hidden: Tensor, document: list[int]) -> Tensor:
+    """One row, (T, D) → (T, D): a loop over heads, queries and keys."""
+    weight = {name: tensor.double() for name, tensor in module.state_dict().items()}
+    nope, rope, value, heads = (
+        config.qk_nope_head_dim,
+        config.qk_rope_head_dim,
+        config.v_head_dim,
+        config.num_attention_heads,
+    )
+    index = [sum(document[s] == document[t] for s in range(t)) for t in range(len(document))]
+    queries, keys, values = [], [], []
+    for t, h in enumerate(hidden):
+        if config.q_lora_rank is None:
+            query = weight["q_proj.weight"] @ h
+        else:
+            latent = rms_norm(weight["q_proj.0.weight"] @ h, weight["q_proj.1.weight"], config.rms_norm_eps)
+            query = weight["q_proj.2.weight"] @ latent
+        compressed = weight["kv_a_proj_with_mqa.weight"] @ h
+        latent = rms_norm(compressed[: config.kv_lora_rank], weight["kv_a_layernorm.weight"], config.rms_norm_eps)
+        up = weight["kv_b_proj.weight"] @ latent
+        key_rope = turn(compressed[config.kv_lora_rank :], index[t], config.rope_theta)
+        query = query.view(heads, nope + rope)
+        up = up.view(heads, nope + value)
+        queries.append([torch.cat([q[:nope], turn(q[nope:], index[t], config.rope_theta)]) for q in query])
+        keys.append([torch.cat([u[:nope], key_rope]) for u in up])
+        values.append([u[nope:] for u in up])
+    out = []
+    for t in range(len(hidden)):
+        read = []
+        for head in range(heads):
+            seen = [s for s in range(t + 1) if document[s] == document[t]]
+            scores = [float(queries[t][head] @ keys[s][head]) / math.sqrt(nope + rope) for s in seen]
+            peak = max(scores)
+            shares = [math.exp(score - peak) for score in scores]
+            read.append(sum(share / sum(shares) * values[s][head] for share, s in zip(shares, seen, strict=True)))
+        out.append(weight["o_proj.weight"] @ torch.cat(read))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 10])
+@pytest.mark.parametrize("v_head_dim", [4, 10, 16])  # the key is 6 + 4 wide
+def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_head_dim):
+    config = tiny_config(q_lora_rank=q_lora_rank, v_head_dim=v_head_dim)
+    module = LatentAttention(config)
+    enliven(module)
+    hidden = torch.randn(2, 11, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    document = torch.tensor(DOCUMENTS)
+    table = rope_table(running_index(document), config.qk_rope_head_dim, config.rope_theta)
+    out = module(hidden, table, causal_document_mask(document)).double()
+    expected = torch.stack(
+        [literal_attention(module, config, hidden[row].double(), DOCUMENTS[row]) for row in range(2)]
+    )
+    assert expected.std() > 0.5
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_the_mask_lets_a_query_see_its_own_document_up_to_itself():
+    documents = torch.tensor([[0, 0, 1, 1, -1]])
+    seen = causal_document_mask(documents)[0, 0]
+    expected = [[bool(s <= t and documents[0, s] == documents[0, t]) for s in range(5)] for t in range(5)]
+    assert seen.tolist() == expected
+
+
+@pytest.mark.parametrize("value_width", [3, 8, 13])
+def test_attend_takes_values_narrower_and_wider_than_keys_and_gives_their_gradient(value_width):
+    generator = torch.Generator().manual_seed(2)
+    query, key = torch.randn(2, 2, 5, 2, 8, generator=generator)
+    value = torch.randn(2, 5, 2, value_width, generator=generator, requires_grad=True)
+    visible = causal_document_mask(torch.zeros(2, 5, dtype=torch.long))
+    scale = 0.7
+    out = attend(query, key, value, visible, scale)
+    scores = torch.einsum("bthd,bshd->bhts", query, key) * scale
+    shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhts,bshd->bthd", shares, value)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn(out.shape, generator=generator)
+    (gradient,) = torch.autograd.grad(out, value, upstream, retain_graph=True)
+    (expected_gradient,) = torch.autograd.grad(expected, value, upstream)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,146 @@
+"""The command line as a process: exit statuses and the one message."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+OMNILOOM = str(Path(sys.executable).parent / "omniloom")
+
+
+def omniloom(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [OMNILOOM, *words], cwd=folder, capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown verb trian; did you mean 'train'?"),
+        (["train", "trian.steps=4"], "unknown key trian; did you mean 'train'?"),
+        (["train", "model.hiden_size=3"], "unknown key model.hiden_size; did you mean 'model.hidden_size'?"),
+        (["train", "+modle=3"], "unknown key modle; did you mean 'model."),
+        (["train", "model=tinny"], "unknown model=tinny; did you mean 'tiny'?"),
+        (["train", "experiment=smok"], "unknown experiment=smok; did you mean 'smoke'?"),
+        (["train", "train.steps=many"], "train.steps: Value 'many'"),
+        (["train", "corpus=here"], "exactly one of train.steps=None and train.tokens=None"),
+        (["train", "train.steps=200"], "nothing to train on: set corpus="),
+        (["train", "train.steps=200", "corpus=nowhere"], "no corpus at"),
+        (["train", "train.steps=200", "train.precision=fp8"], "train.precision=fp8 is none of fp32, bf16"),
+        (
+            ["train", "train.steps=200", "train.global_batch_size=10", "cluster.workers=3"],
+            "train.global_batch_size=10 must be a multiple of train.micro_batch_size=8 × cluster.workers=3 = 24",
+        ),
+        (
+            ["train", "train.steps=200", "model.num_experts_per_tok=9"],
+            "model.num_experts_per_tok=9 is over model.n_routed_experts=8",
+        ),
+        (["tokenize", "corpus=c"], "exactly one of manifest=None and samples=None"),
+        (["tokenize", "corpus=c", "samples=demp"], "unknown samples=demp; did you mean 'demo'?"),
+        (["tokenize", "corpus=c", "manifest=nothing.yaml"], "no manifest at nothing.yaml"),
+        (["evaluate"], "no model to evaluate: set init="),
+        (["evaluate", "init=nowhere"], "init=nowhere is neither a run in runs nor a folder"),
+        (["evaluate", "init=a", "tasks=[perplexity]", "task_args.perplexty.files=b"], "did you mean 'perplexity'?"),
+    ],
+)
+def test_wrong_input_is_one_message_and_a_nonzero_status(words: list[str], message: str, tmp_path: Path) -> None:
+    answer = omniloom(*words, folder=tmp_path)
+    assert answer.returncode in (1, 2)
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_debug_adds_the_traceback(tmp_path: Path) -> None:
+    answer = omniloom("train", "--debug", "train.steps=200", folder=tmp_path)
+    assert answer.returncode == 1
+    assert "Traceback" in answer.stderr
+
+
+def test_help_names_the_verbs_with_examples(tmp_path: Path) -> None:
+    answer = omniloom("--help", folder=tmp_path)
+    assert answer.returncode == 0
+    for verb in ("demo", "tokenize", "train", "evaluate"):
+        assert f"omniloom {verb}" in answer.stdout
+
+
+@pytest.mark.parametrize("verb", ["tokenize", "train", "evaluate", "demo"])
+def test_a_verbs_help_has_examples(verb: str, tmp_path: Path) -> None:
+    answer = omniloom(verb, "--help", folder=tmp_path)
+    assert answer.returncode == 0
+    assert "examples:" in answer.stdout
+
+
+def test_hydra_prints_the_configuration(tmp_path: Path) -> None:
+    answer = omniloom("train", "--cfg", "job", "experiment=smoke", folder=tmp_path)
+    assert answer.returncode == 0
+    assert "hidden_size: 32" in answer.stdout
+
+
+def test_a_job_run_by_path_is_its_verb(tmp_path: Path) -> None:
+    script = REPOSITORY / "jobs" / "pretrain.py"
+    words = [sys.executable, str(script), "--cfg", "job", "experiment=smoke"]
+    by_path = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert by_path.stdout == omniloom("train", "--cfg", "job", "experiment=smoke", folder=tmp_path).stdout
+
+
+def test_a_bad_corpus_leaves_nothing_that_a_repeat_trips_over(tmp_path: Path) -> None:
+    """An unreadable picture fails the job with its name; mended, the same command goes through."""
+    from PIL import Image
+
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not a picture")
+    document = {"segments": [{"image": "broken.png"}, {"text": "seven"}]}
+    (tmp_path / "documents.jsonl").write_text(json.dumps(document) + "\n")
+    (tmp_path / "manifest.yaml").write_text("sources: {a: {format: interleaved, train: [documents.jsonl]}}")
+    words = ("tokenize", "manifest=manifest.yaml", "corpus=corpus", "tokenizer.vocab_size=300")
+    failed = omniloom(*words, folder=tmp_path)
+    assert failed.returncode == 1
+    assert "1 of 1 documents cannot be used" in failed.stderr
+    assert "documents.jsonl:1" in failed.stderr
+    assert not (tmp_path / "corpus" / "index.json").exists()
+
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "broken.png")
+    (tmp_path / "documents.jsonl").touch()
+    mended = omniloom(*words, folder=tmp_path)
+    assert mended.returncode == 0, mended.stderr
+    assert (tmp_path / "corpus" / "index.json").is_file()
+
+
+def test_a_run_as_a_user_has_it_leaves_the_home_alone_and_keeps_secrets(tmp_path: Path) -> None:
+    """Train, repeat, change and evaluate in own processes, with an empty home and a secret in the environment."""
+    home, secret = tmp_path / "home", "s3cr3t" * 7
+    home.mkdir()
+    environment = {"HOME": str(home), "WANDB_API_KEY": secret[:40]}
+    train = ("train", "experiment=smoke", "run=one")
+    first = omniloom(*train, folder=tmp_path, **environment)
+    assert first.returncode == 0, first.stderr
+    again = omniloom(*train, folder=tmp_path, **environment)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    changed = omniloom(*train, "optimizer.lr=0.5", folder=tmp_path, **environment)
+    assert changed.returncode == 1
+    assert "optimizer.lr: 0.0003 → 0.5" in changed.stderr
+    scored = omniloom(
+        "evaluate",
+        "init=one",
+        "--json",
+        "tasks=[perplexity,omniloom_pictures]",
+        "task_args.perplexity.files=[corpora/smoke/files/words/heldout/*.txt]",
+        "task_args.omniloom_pictures.files=corpora/smoke/files/colours/questions.jsonl",
+        folder=tmp_path,
+        **environment,
+    )
+    assert scored.returncode == 0, scored.stderr
+    results = json.loads(scored.stdout)
+    assert results["perplexity"]["metrics"]["bits_per_byte"]["control"].keys() == {"unigram"}
+    assert results["omniloom_pictures"]["metrics"]["acc"]["control"].keys() == {"removed", "shuffled"}
+    assert results["omniloom_pictures"]["metrics"]["acc"]["chance"] == pytest.approx(1 / 3)
+    assert list(home.iterdir()) == []
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert not [path for path in written if secret[:40].encode() in path.read_bytes()]

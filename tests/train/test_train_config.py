@@ -1,0 +1,109 @@
+"""The rules between the keys of a training run."""
+
+from dataclasses import replace
+
+import pytest
+
+from omniloom.errors import ConfigError
+from omniloom.train.config import TrainConfig, TrainingRun
+
+
+def sound_run() -> TrainingRun:
+    run = TrainingRun(run="first")
+    run.train = TrainConfig(steps=200, global_batch_size=24, micro_batch_size=3)
+    return run
+
+
+def changed(**changes) -> TrainingRun:
+    """The sound run with section__key=value."""
+    run = sound_run()
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        setattr(getattr(run, section) if section else run, name, value)
+    return run
+
+
+def test_a_sound_run_passes():
+    sound_run().check_run(ranks=1)
+    sound_run().check_run(ranks=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run": "../other"}, ["run='../other'", "plain name"]),
+        ({"run": ""}, ["run=''", "plain name"]),
+        ({"run": ".hidden"}, ["run='.hidden'", "plain name"]),
+        ({"train__tokens": 1000}, ["train.steps=200", "train.tokens=1000", "exactly one"]),
+        ({"train__steps": None}, ["train.steps=None", "train.tokens=None", "exactly one"]),
+        ({"train__steps": 0}, ["train.steps=0", "at least 1"]),
+        ({"train__steps": None, "train__tokens": -5}, ["train.tokens=-5", "at least 1"]),
+        ({"train__global_batch_size": 0}, ["train.global_batch_size=0", "at least 1"]),
+        ({"train__micro_batch_size": 0}, ["train.micro_batch_size=0", "at least 1"]),
+        ({"train__val_every": 0}, ["train.val_every=0", "at least 1"]),
+        ({"train__val_rows": 0}, ["train.val_rows=0", "at least 1"]),
+        ({"train__save_every": 0}, ["train.save_every=0", "at least 1"]),
+        (
+            {"train__global_batch_size": 25},
+            ["train.global_batch_size=25", "train.micro_batch_size=3", "cluster.workers=2", "6"],
+        ),
+        ({"data__seq_len": 5000}, ["data.seq_len=5000", "model.max_position_embeddings=4096"]),
+        ({"data__seq_len": 1}, ["data.seq_len=1", "at least 2"]),
+        ({"data__loader_workers": -1}, ["data.loader_workers=-1"]),
+        ({"data__weights": {"topics": -0.5}}, ["data.weights.topics=-0.5", "at least 0"]),
+        ({"data__loss_weights": {"topics": float("nan")}}, ["data.loss_weights.topics=nan", "at least 0"]),
+        ({"parallel__zero_stage": 4}, ["parallel.zero_stage=4", "0, 1, 2 or 3"]),
+        ({"schedule__warmup_steps": 200}, ["schedule.warmup_steps=200", "train.steps=200"]),
+        ({"schedule__kind": "cosin"}, ["schedule.kind=cosin", "did you mean 'cosine'"]),
+        ({"optimizer__lr": 0.0}, ["optimizer.lr=0.0", "above 0"]),
+        ({"optimizer__lr": float("nan")}, ["optimizer.lr=nan", "above 0"]),
+        ({"optimizer__lr": float("inf")}, ["optimizer.lr=inf", "above 0"]),
+        ({"train__precision": "bf61"}, ["train.precision=bf61", "did you mean 'bf16'"]),
+        ({"track__wandb": "ofline"}, ["track.wandb=ofline", "did you mean 'offline'"]),
+        ({"model__num_experts_per_tok": 9}, ["model.num_experts_per_tok=9", "model.n_routed_experts=8"]),
+    ],
+)
+def test_a_contradiction_is_refused_with_its_keys_and_both_figures(changes, said):
+    with pytest.raises(ConfigError) as caught:
+        changed(**changes).check_run(ranks=2)
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_the_three_batch_terms_and_what_follows_from_them():
+    run = sound_run()
+    run.data.seq_len = 512
+    assert run.train.gradient_accumulation_steps(ranks=2) == 4
+    assert run.train.gradient_accumulation_steps(ranks=8) == 1
+    terms = run.batch_terms(ranks=2)
+    for part in (
+        "global_batch_size 24",
+        "micro_batch_size 3",
+        "2 ranks",
+        "gradient_accumulation_steps 4",
+        "12,288 tokens a step",
+        "200 steps",
+        "2,457,600 tokens",
+    ):
+        assert part in terms
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (24 * 512, 1), (24 * 512 + 1, 2), (24 * 512 * 10, 10)])
+def test_tokens_give_the_steps_that_see_at_least_as_many(tokens, steps):
+    run = sound_run()
+    run.data.seq_len = 512
+    run.train = replace(run.train, steps=None, tokens=tokens)
+    assert run.steps == steps
+
+
+def test_a_run_given_in_tokens_is_checked_by_its_steps():
+    run = sound_run()
+    run.train = replace(run.train, steps=None, tokens=24 * run.data.seq_len * 50)
+    with pytest.raises(ConfigError, match=r"schedule\.warmup_steps=100.*50"):
+        run.check_run(ranks=1)
+
+
+def test_the_folder_is_the_runs_own(tmp_path):
+    run = sound_run()
+    run.runs_dir = str(tmp_path / "runs")
+    assert run.folder == tmp_path / "runs" / "first"

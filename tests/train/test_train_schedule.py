@@ -1,0 +1,74 @@
+"""The learning rate at steps worked out by hand, and which parameters decay."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from omniloom.train.config import OptimizerConfig, ScheduleConfig
+from omniloom.train.optimizer import deepspeed_section, parameter_groups
+from omniloom.train.schedule import rate_share
+
+
+@pytest.mark.parametrize("kind", ["cosine", "warmup_stable_decay"])
+def test_warm_up_rises_in_equal_steps_to_one(kind):
+    config = ScheduleConfig(kind=kind, warmup_steps=10)
+    assert [rate_share(step, 100, config) for step in (1, 2, 5, 10)] == pytest.approx([0.1, 0.2, 0.5, 1.0])
+
+
+def test_cosine_by_hand():
+    config = ScheduleConfig(kind="cosine", warmup_steps=10, floor=0.1)
+    # progress 0, 1/3, 1/2, 2/3, 1 of the 90 steps after warm-up
+    shares = [rate_share(step, 100, config) for step in (10, 40, 55, 70, 100)]
+    assert shares == pytest.approx([1.0, 0.1 + 0.9 * 0.75, 0.55, 0.1 + 0.9 * 0.25, 0.1])
+
+
+def test_warmup_stable_decay_by_hand():
+    config = ScheduleConfig(kind="warmup_stable_decay", warmup_steps=10, decay_share=0.2, floor=0.1)
+    shares = [rate_share(step, 100, config) for step in (10, 11, 50, 80, 81, 90, 100)]
+    assert shares == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.1 + 0.9 * 0.95, 0.55, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "warmup_stable_decay"])
+def test_without_warm_up_the_first_step_is_near_the_peak_and_the_last_on_the_floor(kind):
+    config = ScheduleConfig(kind=kind, warmup_steps=0, floor=0.0)
+    assert rate_share(1, 1000, config) > 0.999
+    assert rate_share(1000, 1000, config) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "warmup_stable_decay"])
+def test_the_share_stays_between_floor_and_one_and_never_rises_after_warm_up(kind):
+    config = ScheduleConfig(kind=kind, warmup_steps=7)
+    shares = [rate_share(step, 50, config) for step in range(7, 51)]
+    assert all(config.floor - 1e-9 <= share <= 1 for share in shares)
+    assert all(after <= before + 1e-12 for before, after in pairwise(shares))
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(4, 2)
+        self.linear = nn.Linear(2, 3)
+        self.norm = nn.RMSNorm(3)
+        self.experts_EDF = nn.Parameter(torch.zeros(2, 3, 4))
+        self.head = nn.Linear(2, 4, bias=False)
+        self.head.weight = self.tokens.weight
+
+
+def test_matrices_decay_and_norms_biases_and_tied_embeddings_do_not():
+    model = Small()
+    decay, spared = parameter_groups(model, OptimizerConfig(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decay["weight_decay"] == 0.3
+    assert spared["weight_decay"] == 0.0
+    assert {names[id(p)] for p in decay["params"]} == {"linear.weight", "experts_EDF"}
+    assert {names[id(p)] for p in spared["params"]} == {"tokens.weight", "linear.bias", "norm.weight"}
+
+
+def test_deepspeed_gets_torchs_adamw_with_our_figures():
+    section = deepspeed_section(OptimizerConfig(lr=1e-3, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2))
+    assert section["type"] == "AdamW"
+    assert section["params"]["torch_adam"] is True
+    assert (section["params"]["lr"], section["params"]["eps"], section["params"]["weight_decay"]) == (1e-3, 1e-6, 0.2)
+    assert list(section["params"]["betas"]) == [0.8, 0.9]
