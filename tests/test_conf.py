@@ -6,11 +6,11 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from conftest import REPOSITORY
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from conftest import REPOSITORY
 from omniloom import settings
 from omniloom.cli import run_verb
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from conftest import REPOSITORY, train_smoke
 
 import omniloom
+from conftest import REPOSITORY, train_smoke
 from omniloom.train.checkpoint import verify
 
 KEYS = {

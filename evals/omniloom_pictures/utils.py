@@ -21,7 +21,10 @@ def load(files=None, **_):
         if not paths:
             raise DataError(f"task omniloom_pictures: no file matches {pattern}")
         for path in paths:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            try:
+                lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"task omniloom_pictures cannot read {path}: {error}") from error
             rows += [question(path, number, line) for number, line in enumerate(lines, 1)]
     return {"test": datasets.Dataset.from_list(rows)}
 
@@ -33,10 +36,12 @@ def question(path, number, line):
         row = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a question is a mapping of {', '.join(KEYS)}")
     for key in KEYS:
         if key not in row:
             raise DataError(f"{where}: no {key}; {did_you_mean(key, row)}")
-    if not 0 <= row["answer"] < len(row["choices"]):
+    if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(row["choices"]):
         raise DataError(f"{where}: answer={row['answer']} is not an index of its {len(row['choices'])} choices")
     image = Path(path).absolute().parent / row["image"]
     if not image.is_file():

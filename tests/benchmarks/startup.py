@@ -22,4 +22,6 @@ def median_s(command: list[str]) -> float:
 if __name__ == "__main__":
     bare, ours = median_s([sys.executable, "-c", "pass"]), median_s([OMNILOOM, "--help"])
     verb = median_s([OMNILOOM, "train", "--help"])
-    print(f"empty python {bare:.3f} s; omniloom --help {ours:.3f} s ({ours / bare:.1f} times); train --help {verb:.3f} s")
+    print(
+        f"empty python {bare:.3f} s; omniloom --help {ours:.3f} s ({ours / bare:.1f} times); train --help {verb:.3f} s"
+    )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.data.loader import Rows
-from omniloom.data.pack import OPEN_ROWS, Piece, count_unusable, cut, heldout_rows, pack, training_rows
+from omniloom.data.pack import OPEN_ROWS, SHUFFLED_ROWS, Piece, count_unusable, cut, heldout_rows, pack, training_rows
 from omniloom.errors import DataError
 
 quiet = settings(max_examples=60, deadline=None)
@@ -154,10 +154,12 @@ def test_another_seed_gives_another_stream() -> None:
 
 
 def test_one_epoch_of_rows_holds_each_document_once() -> None:
-    split = Split(np.full(32, 8), np.zeros(32, int), np.zeros(32, int))
-    rows = training_rows(split, np.ones(1), 0, SEQ_LEN, 32)  # two documents fill a row: 16 rows an epoch
-    for epoch in (rows[:16], rows[16:]):
-        assert sorted(piece.document for row in epoch for piece in row) == list(range(32))
+    """Rows are shuffled in blocks: with two documents a row, a block is one epoch of as many documents twice."""
+    documents = 2 * SHUFFLED_ROWS
+    split = Split(np.full(documents, 8), np.zeros(documents, int), np.zeros(documents, int))
+    rows = training_rows(split, np.ones(1), 0, SEQ_LEN, 2 * SHUFFLED_ROWS)
+    for epoch in (rows[:SHUFFLED_ROWS], rows[SHUFFLED_ROWS:]):
+        assert sorted(piece.document for row in epoch for piece in row) == list(range(documents))
 
 
 def test_shares_of_the_packed_tokens_come_to_the_weights() -> None:

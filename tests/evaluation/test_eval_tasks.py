@@ -112,3 +112,11 @@ def test_questions_that_are_not_utf8_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"question": "Müde?"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.jsonl"):
         pictures.load(files=f"{tmp_path}/latin.jsonl")
+
+
+def test_only_a_newline_ends_a_question(questions, tmp_path):
+    path = questions()
+    question = "first\u2028second\x85third"  # line separators that JSON allows inside a string
+    row = {"image": "png/0.png", "question": question, "choices": ["red"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert pictures.load(files=path)["test"]["question"] == [question]

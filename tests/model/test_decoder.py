@@ -208,7 +208,7 @@ def test_the_default_configuration_passes_its_own_check():
         ({"q_lora_rank": -2}, ["model.q_lora_rank=-2", "at least 1"]),
         ({"num_experts_per_tok": 7}, ["model.num_experts_per_tok=7", "model.n_routed_experts=6"]),
         ({"qk_rope_head_dim": 5}, ["model.qk_rope_head_dim=5", "even"]),
-        ({"hidden_size": 34}, ["model.hidden_size=34", "multiple of 4"]),
+        ({"hidden_size": 34}, ["model.hidden_size=34", "multiple of 8"]),
         ({"first_k_dense_replace": 3}, ["model.first_k_dense_replace=3", "model.num_hidden_layers=2", "0"]),
         ({"first_k_dense_replace": -1}, ["model.first_k_dense_replace=-1", "model.num_hidden_layers=2", "0"]),
         ({"dropout": 1.0}, ["model.dropout=1.0", "[0, 1)"]),

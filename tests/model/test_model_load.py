@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_decoders import all_logits, batch_of, document, picture, text, tiny_decoder
 
 from omniloom.errors import CheckpointError
@@ -34,6 +35,7 @@ def test_a_saved_model_loads_with_equal_logits(tmp_path, tied):
     assert model.folder == tmp_path / "model"
     torch.testing.assert_close(all_logits(model.decoder, fields()), all_logits(decoder, fields()), atol=0, rtol=0)
     assert (model.decoder.lm_head.weight is model.decoder.embedding.tokens.weight) == tied
+    assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) != tied  # stored once
     bias = model.decoder.layers[1].mlp.router.bias_E
     assert bias.tolist() == decoder.layers[1].mlp.router.bias_E.tolist()
 

@@ -26,7 +26,7 @@ def literal_mixture(weight: dict[str, Tensor], config: ModelConfig, hidden_ND: T
     counts, outs, inner = [0] * config.n_routed_experts, [], config.moe_intermediate_size
     for u in hidden_ND:
         scores = [1 / (1 + torch.exp(-(u @ e))) for e in weight["router.weight_ED"]]
-        steered = [float(s + b) for s, b in zip(scores, weight["router.bias_E"], strict=True)]
+        steered = [(s + b).item() for s, b in zip(scores, weight["router.bias_E"], strict=True)]
         chosen = sorted(range(len(scores)), key=lambda i: -steered[i])[: config.num_experts_per_tok]
         total = sum(scores[i] for i in chosen)
         gate, up = weight["shared_experts.gate_proj.weight"] @ u, weight["shared_experts.up_proj.weight"] @ u

@@ -14,7 +14,7 @@ import pytest
 from omniloom.track import jsonl
 
 OPENED_AGAIN = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from omniloom.track.config import TrackConfig
 from omniloom.track.run_directory import open_run
@@ -41,6 +41,9 @@ train(runs / "plain", 5, 7)
 train(runs / "evaluated", 0, 3)
 evaluate(runs / "evaluated", 3, ["one", "two", "three"])
 train(runs / "evaluated", 3, 6)
+os.environ["WANDB_MODE"] = "disabled"
+train(runs / "disabled", 0, 3)
+train(runs / "disabled", 2, 5)
 """
 
 
@@ -131,6 +134,12 @@ def test_evaluations_are_on_their_own_axis(place):
 
 def test_steps_after_evaluations_are_on_wandb_too(place):
     assert [step for step, _ in steps(history(place / "runs" / "evaluated"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_wandb_mode_disabled_keeps_metrics_jsonl_alone(place):
+    run = place / "runs" / "disabled"
+    assert [line["step"] for line in jsonl.read(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert list(run.rglob("*.wandb")) == []
 
 
 def test_nothing_is_left_in_the_home_or_the_working_directory(place):

@@ -44,8 +44,8 @@ def test_a_sound_run_passes():
         ({"train__val_rows": 0}, ["train.val_rows=0", "at least 1"]),
         ({"train__save_every": 0}, ["train.save_every=0", "at least 1"]),
         (
-            {"train__global_batch_size": 25},
-            ["train.global_batch_size=25", "train.micro_batch_size=3", "cluster.workers=2", "6"],
+            {"train__global_batch_size": 27},
+            ["train.global_batch_size=27", "train.micro_batch_size=3", "cluster.workers=2", "6"],
         ),
         ({"data__seq_len": 5000}, ["data.seq_len=5000", "model.max_position_embeddings=4096"]),
         ({"data__seq_len": 1}, ["data.seq_len=1", "at least 2"]),

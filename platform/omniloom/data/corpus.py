@@ -76,7 +76,9 @@ def _source_records(manifest: Manifest) -> list[SourceRecord]:
 
 def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], modality: ModalityConfig) -> Corpus:
     corpus = Corpus(folder)
-    wanted = {unit.name: unit_fingerprint(unit, corpus.index.tokenizer_sha256, modality) for unit in units}
+    fingerprint = ray.remote(unit_fingerprint).options(num_cpus=1)
+    asked = [fingerprint.remote(unit, corpus.index.tokenizer_sha256, modality) for unit in units]
+    wanted = dict(zip((unit.name for unit in units), ray.get(asked), strict=True))
     built = {Path(record.file).stem: record.fingerprint for record in corpus.index.shards}
     if wanted != built or corpus.index.sources != _source_records(manifest):
         changed = sorted(name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name))

@@ -21,7 +21,7 @@ from omniloom.data.config import Split
 from omniloom.data.source import RawDocument, Unit, read_documents
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig
-from omniloom.modality.image import read_image
+from omniloom.modality.image import read_image_file
 from omniloom.modality.sequence import TEXT, Document, Segment, weave
 from omniloom.modality.text import TextTokenizer, load_tokenizer
 
@@ -91,9 +91,20 @@ def file_sha256(path: Path) -> str:
 
 
 def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig) -> str:
-    """A hash of everything a shard depends on; files count by path, size and time of change."""
-    files = [(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in unit.files]
+    """A hash of everything a shard depends on, media included; files count by path, size and time of change."""
+    files = [_file_state(Path(file)) for file in unit.files]
+    if unit.format != "text":
+        raws = (raw for file in unit.files for raw in read_documents(Path(file), unit.format))
+        files += [_file_state(part.image) for raw in raws for part in raw.segments if part.image is not None]
     return hashlib.sha256(json.dumps([asdict(unit), files, tokenizer_sha256, asdict(modality)]).encode()).hexdigest()
+
+
+def _file_state(path: Path) -> tuple[str, int, int]:
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
+        return (repr(path), -1, -1)  # missing now: another fingerprint once it is there
+    return (str(path), state.st_size, state.st_mtime_ns)
 
 
 def read_record(path: Path) -> ShardRecord | None:
@@ -157,10 +168,7 @@ def weave_document(raw: RawDocument, tokenizer: TextTokenizer, modality: Modalit
     segments: list[Segment] = []
     for part in raw.segments:
         if part.image is not None:
-            try:
-                segments.append(read_image(part.image.read_bytes(), modality.image))
-            except OSError as error:
-                raise DataError(f"cannot read {part.image}: {error.strerror}") from error
+            segments.append(read_image_file(part.image, modality.image))
         else:
             segments.append(tokenizer.segment(part.text or "", part.is_target))
     return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.image.patch_values)

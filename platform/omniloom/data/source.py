@@ -1,6 +1,8 @@
 """A manifest names files; a file is a sequence of documents of raw segments."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from omniloom.errors import DataError, did_you_mean
 
 UNIT_BYTES = 1 << 20  # files are gathered into units of about this size; one unit becomes one shard
 SEGMENT_KEYS = ("text", "image", "loss")
+REASON_CHARACTERS = 200
 MOST_SOURCES = 256  # the `source` field is one byte
 
 
@@ -53,7 +56,7 @@ def read_manifest(path: Path) -> Manifest:
         raise DataError(f"no manifest at {path} {near}: set manifest=<yaml file>".replace(" :", ":"))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a date that is none
         raise DataError(f"manifest {path} is not YAML: {error}") from error
     _refuse_unknown_keys(path, content)
     try:
@@ -66,6 +69,10 @@ def read_manifest(path: Path) -> Manifest:
     for name, source in manifest.sources.items():
         if source.weight < 0 or source.loss_weight < 0:
             raise DataError(f"manifest {path}: the weights of source {name} must not be negative")
+        if not (math.isfinite(source.weight) and math.isfinite(source.loss_weight)):
+            raise DataError(f"manifest {path}: the weights of source {name} must be finite")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise DataError(f"manifest {path}: source name {name!r} begins file names: letters, digits, _ . - only")
     return manifest
 
 
@@ -110,7 +117,10 @@ def _matching_files(folder: Path, source: str, split: str, patterns: list[str]) 
         base, relative = (
             (Path(path.anchor), str(path.relative_to(path.anchor))) if path.is_absolute() else (folder, pattern)
         )
-        matched = [file.resolve() for file in base.glob(relative) if file.is_file()]
+        try:
+            matched = [file.resolve() for file in base.glob(relative) if file.is_file()]
+        except (ValueError, IndexError) as error:  # what pathlib raises for patterns it cannot read
+            raise DataError(f"source {source}: {split} pattern {pattern!r} is none: {error}") from error
         if not matched:
             raise DataError(f"source {source}: no {split} file matches {base / relative}")
         files.update(matched)
@@ -143,22 +153,31 @@ def _interleaved_document(name: str, line: bytes, folder: Path) -> RawDocument:
         segments = [_segment(entry, folder) for entry in json.loads(line)["segments"]]
         if not segments:
             raise ValueError("no segments")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
-        return RawDocument(name, [], f'not {{"segments": [{{"text": …}}, {{"image": …}}]}}: {error!r}')
+    except UnicodeDecodeError as error:
+        return RawDocument(name, [], f"not UTF-8 at byte {error.start}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        said = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
+        return RawDocument(name, [], f'not {{"segments": [{{"text": …}}, {{"image": …}}]}}: {said}')
     return RawDocument(name, segments)
 
 
-def _segment(entry: dict[str, Any], folder: Path) -> RawSegment:
+def _segment(entry: Any, folder: Path) -> RawSegment:
+    if not isinstance(entry, dict):
+        raise ValueError("a segment is a mapping")
     unknown = [key for key in entry if key not in SEGMENT_KEYS]
     if unknown:
         raise ValueError(f"unknown key {unknown[0]}; {did_you_mean(unknown[0], SEGMENT_KEYS)}")
     if ("text" in entry) == ("image" in entry):
         raise ValueError("a segment is either text or image")
-    is_target = bool(entry.get("loss", "text" in entry))
+    is_target = entry.get("loss", "text" in entry)
+    if not isinstance(is_target, bool):
+        raise ValueError("loss must be true or false")
+    content = entry.get("text", entry.get("image"))
+    if not isinstance(content, str):
+        raise ValueError("text and image must be strings")
+    content.encode()  # half of a surrogate pair is no text
     if "image" in entry:
         if is_target:
             raise ValueError("a picture cannot be a target")
-        return RawSegment(None, folder / str(entry["image"]), is_target=False)
-    if not isinstance(entry["text"], str):
-        raise ValueError("text must be a string")
-    return RawSegment(entry["text"], None, is_target)
+        return RawSegment(None, folder / content, is_target=False)
+    return RawSegment(content, None, is_target)

@@ -72,6 +72,11 @@ class OmniloomLM(TemplateLM):
                 head += [self._text.segment(text, is_target=False)] if text else []
                 head += [picture] if picture is not None else []
             ids, target = self._encode_pair(last, continuation) if last else ([], self.tok_encode(continuation))
+            if not target:
+                raise DataError(
+                    f"task {request.task_name}: the answer {continuation!r} adds no token to its question, so nothing "
+                    "can be scored"
+                )
             pairs.append(self._document(head, ids, target))
         return self._score(pairs, "score", disable_tqdm)
 
@@ -119,11 +124,13 @@ class OmniloomLM(TemplateLM):
 
     def _shuffled(self, requests: list[Instance], visuals: list[list[Any]]) -> list[list[Any]]:
         """Every document gets the pictures of another, the same for all its requests."""
-        of_document = {request.doc_id: mine for request, mine in zip(requests, visuals, strict=True)}
-        documents = sorted(of_document)
-        drawn = random.Random(SHUFFLE_SEED).sample(documents, len(documents))
-        follower = dict(zip(drawn, drawn[1:] + drawn[:1], strict=True))  # one cycle: nobody keeps its own
-        return [of_document[follower[request.doc_id]] for request in requests]
+        of_document = {(r.task_name, r.doc_id): mine for r, mine in zip(requests, visuals, strict=True)}
+        follower: dict[tuple[str, int], tuple[str, int]] = {}
+        for task in sorted({name for name, _ in of_document}):
+            documents = sorted(key for key in of_document if key[0] == task)
+            drawn = random.Random(SHUFFLE_SEED).sample(documents, len(documents))
+            follower |= dict(zip(drawn, drawn[1:] + drawn[:1], strict=True))  # one cycle: nobody keeps its own
+        return [of_document[follower[r.task_name, r.doc_id]] for r in requests]
 
     def _decode(self, visual: Any, decoded: dict[int, Segment]) -> Segment:
         key = id(visual)

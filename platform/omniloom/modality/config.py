@@ -47,7 +47,7 @@ class ModalityConfig:
     def check(self) -> None:
         """Raise ConfigError where a size cannot hold."""
         image = self.image
-        if image.patch_pixels < 1 or image.size_pixels % image.patch_pixels:
+        if image.patch_pixels < 1 or image.size_pixels < 1 or image.size_pixels % image.patch_pixels:
             raise ConfigError(
                 f"a picture must divide into whole patches: modality.image.size_pixels={image.size_pixels} is no "
                 f"multiple of modality.image.patch_pixels={image.patch_pixels}"

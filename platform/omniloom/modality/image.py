@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,15 +14,25 @@ from omniloom.modality.sequence import IMAGE, Segment
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 
 
+def read_image_file(path: Path, config: ImageConfig) -> Segment:
+    """Read one picture file; one over the limit is refused before its bytes are."""
+    try:
+        _refuse_large(path.stat().st_size, config)
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read {path}: {reason}") from error
+    return read_image(data, config)
+
+
 def read_image(data: bytes, config: ImageConfig) -> Segment:
     """Decode one picture, resize it to a square and cut it into patches.
 
     Returns a Segment of (size / patch)² tokens in row-major order, media uint8 (N, patch² · 3), position (0, row,
-    column). The first frame of an animation is taken; EXIF orientation is applied; transparency lies on white.
-    Raises DataError for a file that is too large, of another format or broken.
+    column). The first frame of an animation is taken; EXIF orientation is applied; transparency lies on white; 16-bit
+    grey keeps its upper 8. Raises DataError for a file that is too large, of another format or broken.
     """
-    if len(data) > config.limit_bytes:
-        raise DataError(f"picture of {len(data):,} bytes is over modality.image.limit_bytes={config.limit_bytes:,}")
+    _refuse_large(len(data), config)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -31,15 +42,31 @@ def read_image(data: bytes, config: ImageConfig) -> Segment:
                         f"picture of {picture.width} × {picture.height} pixels is over "
                         f"modality.image.limit_side_pixels={config.limit_side_pixels}"
                     )
-                upright = ImageOps.exif_transpose(picture).convert("RGBA")
+                upright = ImageOps.exif_transpose(_eight_bits(picture)).convert("RGBA")
+    except DataError:
+        raise
     except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"not a readable {', '.join(FORMATS)} picture: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged files
-        raise DataError(f"damaged picture: {error}") from error
+        # Without Pillow's own words: they hold an address in memory, and the reason goes into a hashed index.
+        raise DataError(f"not a readable {', '.join(FORMATS)} picture ({type(error).__name__})") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever their parsers met
+        raise DataError(f"damaged picture: {type(error).__name__}: {error}") from error
     white = Image.new("RGBA", upright.size, "white")
     colour = Image.alpha_composite(white, upright).convert("RGB")
     square = colour.resize((config.size_pixels, config.size_pixels), Image.Resampling.BILINEAR)
     return patches(np.asarray(square, dtype=np.uint8), config)
+
+
+def _refuse_large(size_bytes: int, config: ImageConfig) -> None:
+    if size_bytes > config.limit_bytes:
+        raise DataError(f"picture of {size_bytes} bytes is over modality.image.limit_bytes={config.limit_bytes}")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    if not picture.mode.startswith("I"):
+        return picture
+    grey = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    grey.info.update(picture.info)  # its EXIF
+    return grey
 
 
 def patches(pixels: np.ndarray, config: ImageConfig) -> Segment:

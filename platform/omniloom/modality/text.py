@@ -24,6 +24,8 @@ class TextTokenizer:
             raise ConfigError(f"tokenizer {name} lacks the special tokens {', '.join(missing)}; omniloom needs each")
         # Special tokens written out in a user's text are ordinary text: nobody types a placeholder into a prompt.
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()  # a foreign file may ask for both
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         ids = {token: int(tokenizer.token_to_id(token) or 0) for token in SPECIAL_TOKENS}  # none is missing
         self.bos_id, self.eos_id = ids[BOS], ids[EOS]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from omniloom.errors import ConfigError
 
+GROUPED_MULTIPLE = 8
+
 
 @dataclass
 class ModelConfig:
@@ -59,13 +61,14 @@ class ModelConfig:
                 f"a token cannot choose more experts than exist: model.num_experts_per_tok={self.num_experts_per_tok} "
                 f"is over model.n_routed_experts={self.n_routed_experts}"
             )
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % GROUPED_MULTIPLE:
+                raise ConfigError(
+                    f"grouped matrix products read 16 bytes at a time, {GROUPED_MULTIPLE} numbers of bf16: "
+                    f"model.{name}={getattr(self, name)} must be a multiple of {GROUPED_MULTIPLE}"
+                )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"RoPE turns pairs: model.qk_rope_head_dim={self.qk_rope_head_dim} must be even")
-        if self.hidden_size % 4:
-            raise ConfigError(
-                f"the 2-D encoding splits the width into sine and cosine of row and column: "
-                f"model.hidden_size={self.hidden_size} must be a multiple of 4"
-            )
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ConfigError(
                 f"model.first_k_dense_replace={self.first_k_dense_replace} must lie between 0 and "

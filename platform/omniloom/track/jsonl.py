@@ -1,14 +1,24 @@
 """Append-only files of one JSON object a line; a torn last line is never taken for whole."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
     """Write one line; it reaches the operating system before this returns."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry) + "\n")
+    with path.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                _drop_torn_line(path)
+        stream.write(json.dumps(entry).encode() + b"\n")
+
+
+def _drop_torn_line(path: Path) -> None:
+    whole = path.read_bytes().rpartition(b"\n")
+    os.truncate(path, len(whole[0]) + len(whole[1]))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -24,7 +34,9 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     if not path.is_file():
         return [], 0
     with path.open("rb") as stream:
-        start = offset if offset <= path.stat().st_size else 0
+        stream.seek(max(0, offset - 1))
+        # Where no line ends just before `offset`, the file was cut back and has grown again.
+        start = offset if offset and stream.read(1) == b"\n" else 0
         stream.seek(start)
         whole = stream.read().rpartition(b"\n")[0]
     return [json.loads(line) for line in whole.splitlines()], start + len(whole) + bool(whole)

@@ -82,7 +82,8 @@ def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
     if (folder / "run.json").is_file():
         record = read_record(folder)
         _refuse_changes(folder, config)
-        asks_more = (config["train"]["steps"] or 0) > (read_config(folder)["train"]["steps"] or 0)
+        old, new = read_config(folder)["train"], config["train"]
+        asks_more = any((new.get(key) or 0) > (old.get(key) or 0) for key in ("steps", "tokens"))
         if record.status == "finished" and not asks_more:
             return record
         record.status, record.exit_reason = "running", None
@@ -125,7 +126,13 @@ def running(folder: Path) -> Iterator[None]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration that a run was started with."""
-    saved: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    path = folder / "config.yaml"
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): name another run=") from error
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path} holds no configuration: name another run=")
     return saved
 
 

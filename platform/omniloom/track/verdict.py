@@ -42,14 +42,13 @@ def _figure(value: float, stderr: float | None) -> str:
 
 def _accuracy_sentence(task: str, acc: dict[str, Any]) -> str:
     value, stderr, chance = acc["value"], acc["stderr"] or 0.0, acc["chance"]
-    learned = chance is not None and value - 2 * stderr > chance
-    rests = " and ".join(f"{control} {v:.1%}" for control, v in acc["control"].items())
-    return (
-        f"{task}: {value:.1%} ± {stderr:.1%} right "
-        f"({'above' if learned else 'not told apart from'} chance {chance or 0:.1%}"
-        + (f"; with the pictures {rests}" if rests else "")
-        + ")"
-    )
+    remarks = []
+    if chance is not None:
+        learned = value - 2 * stderr > chance
+        remarks.append(f"{'above' if learned else 'not told apart from'} chance {chance:.1%}")
+    if acc["control"]:
+        remarks.append("with the pictures " + " and ".join(f"{name} {v:.1%}" for name, v in acc["control"].items()))
+    return f"{task}: {value:.1%} ± {stderr:.1%} right" + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
 def _text_sentence(task: str, bits: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ class WandbTracker:
         self._run.define_metric("eval/*", step_metric="eval/step")
         self.url: str | None = self._run.url
         for line in jsonl.read(folder / "metrics.jsonl"):
-            if mode == "offline" or line["step"] > self._run.step:
+            if mode == "offline" or line["step"] > (self._run.summary.get("step") or 0):
                 self.metrics(line)
         for file in sorted((folder / "evals").glob("step_*/*.json")):
             self.evaluation(json.loads(file.read_text()))
@@ -56,8 +56,8 @@ class WandbTracker:
                 shutil.rmtree(old)
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Log one step's metrics at that step."""
-        self._run.log(line, step=line["step"])
+        """Log one step's metrics; their axis is `step`, W&B's own count goes on through evaluations too."""
+        self._run.log(line)
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """Log one evaluation on the evaluations' own axis."""

@@ -53,9 +53,8 @@ def train(run: TrainingRun) -> None:
         tracker = None
         if engine.rank == 0:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
-            tracker.event(
-                "start", step=state.step, ranks=engine.ranks, host=platform.node(), pid=os.getpid(), corpus=corpus.sha256
-            )
+            here = {"host": platform.node(), "pid": os.getpid()}
+            tracker.event("start", step=state.step, ranks=engine.ranks, corpus=corpus.sha256, **here)
             skipped = count_unusable(corpus.split("train"), run.data.seq_len)
             if skipped:
                 tracker.event("skipped_documents", count=skipped, reason=f"media and over {run.data.seq_len} tokens")
