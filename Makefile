@@ -33,6 +33,6 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omniloom needs python 3.11 or newer")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@started=$$(date +%s); $(PYTHON) -m venv $(VENV) \
+	  && $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' && touch $@ \
+	  && echo "installed in $$(( $$(date +%s) - started )) s"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniloom.data.samples import DIGIT_QUESTIONS, EVAL_QUESTION, write_samples
+from omniloom.data.samples import DIGIT_QUESTIONS, EVAL_QUESTION, _write_digits, _write_topics, write_samples
 from omniloom.data.shards import weave_document
 from omniloom.data.source import list_units, read_documents, read_manifest
 from omniloom.errors import ConfigError
@@ -24,7 +24,6 @@ Lines = list[dict[str, object]]
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of each kind, written once."""
-    pytest.importorskip("sklearn", reason="samples=demo needs the demo extra")
     folder = tmp_path_factory.mktemp("samples")
     return {kind: write_samples(kind, folder / kind).parent for kind in KINDS}
 
@@ -86,6 +85,18 @@ def test_no_heldout_digit_is_near_a_training_digit(samples: dict[str, Path]) -> 
     assert np.sqrt(squares.min()) > DIGIT_RADIUS
 
 
+def test_pictures_a_radius_apart_lie_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the real digits only three pairs are that near: here each picture has a copy one stroke away."""
+    once = np.random.default_rng(0).integers(0, 9, (40, 64)).astype(float)
+    images = np.repeat(once, 2, axis=0)
+    images[1::2, 0] += 7
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda return_X_y: (images, np.arange(80) % 10))
+    _write_digits(tmp_path)
+    heldout = [int(Path(name).stem) for name in picture_names(read_lines(tmp_path / "heldout.jsonl"))]
+    assert len(heldout) == 16
+    assert {number ^ 1 for number in heldout} == set(heldout)
+
+
 def test_each_digit_picture_lies_on_one_side_once(samples: dict[str, Path]) -> None:
     folder = samples["demo"] / "digits"
     names = picture_names(read_lines(*sorted(folder.glob("train-*.jsonl")), folder / "heldout.jsonl"))
@@ -131,6 +142,21 @@ def test_no_heldout_topic_shares_a_tenth_of_its_passages_with_a_training_topic(s
     assert len(train) > len(heldout)
     for (kept, mine), (learned, theirs) in product(heldout.items(), train.items()):
         assert len(mine & theirs) <= 0.1 * len(mine), (kept.name, learned.name)
+
+
+def test_topics_that_share_a_passage_lie_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of topics shares a sixth of its 8-word passages."""
+    topics = {}
+    for pair in range(30):
+        passage = " ".join(f"shared{pair}x{word}" for word in range(26))
+        for side in "ab":
+            own = " ".join(f"own{pair}{side}{word}" for word in range(100))
+            topics[f"{pair}{side}"] = f"{own} {passage}"
+    monkeypatch.setattr("pydoc_data.topics.topics", topics)
+    _write_topics(tmp_path)
+    heldout = {path.stem for path in (tmp_path / "heldout").glob("*.txt")}
+    assert 4 <= len(heldout) <= 14
+    assert {name[:-1] + "ba"["ab".index(name[-1])] for name in heldout} == heldout
 
 
 def test_every_help_topic_is_written_once(samples: dict[str, Path]) -> None:

@@ -120,6 +120,8 @@ def test_a_shard_is_written_again_when_its_file_changes(corpus: Path, tmp_path: 
     second = write_shard(text_unit(path), corpus, TINY)
     assert first.fingerprint != second.fingerprint
     assert second.tokens > first.tokens
+    path.write_text("green red")  # of the same size
+    assert write_shard(text_unit(path), corpus, TINY).sha256 != second.sha256
 
 
 def test_a_shard_is_written_again_when_one_of_its_pictures_changes(

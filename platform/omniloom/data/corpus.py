@@ -1,5 +1,6 @@
 """The tokenize job: a manifest's files become a corpus of shards, by Ray Data tasks; the driver reads no media."""
 
+import logging
 import random
 import shutil
 from collections.abc import Iterator
@@ -124,6 +125,7 @@ def _texts(units: list[Unit]) -> Iterator[str]:
 
 def _write_shards(units: list[Unit], corpus: Path, modality: ModalityConfig) -> Iterator[ShardRecord]:
     """One Ray Data task per unit; the records come back in the units' order whatever finished first."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the bar below says it all
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -128,6 +128,8 @@ class OmniloomLM(TemplateLM):
         follower: dict[tuple[str, int], tuple[str, int]] = {}
         for task in sorted({name for name, _ in of_document}):
             documents = sorted(key for key in of_document if key[0] == task)
+            if len(documents) == 1:
+                raise DataError(f"task {task} has one document: its pictures cannot be shuffled with another's")
             drawn = random.Random(SHUFFLE_SEED).sample(documents, len(documents))
             follower |= dict(zip(drawn, drawn[1:] + drawn[:1], strict=True))  # one cycle: nobody keeps its own
         return [of_document[follower[r.task_name, r.doc_id]] for r in requests]

@@ -64,7 +64,7 @@ def load_model(path: Path) -> Model:
             f"{folder}: its weights are not its config.json's: {len(missing)} missing {missing[:3]}, "
             f"{len(loaded.unexpected_keys)} unknown {loaded.unexpected_keys[:3]}"
         )
-    return Model(decoder.eval(), folder)
+    return Model(decoder, folder).eval()
 
 
 def model_folder(path: Path) -> Path:

@@ -45,4 +45,11 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
 def cut_back(path: Path, step: int) -> None:
     """Drop every line after `step`: a resumed run writes them again, each step once."""
     kept = [entry for entry in read(path) if entry["step"] <= step]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file whole: a reader, or a start after kill -9, finds the old or the new one, never half of one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,7 +1,6 @@
 """The run directory: new, resumed, finished or refused; and `run.json`, which says which."""
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -68,10 +67,8 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Replace `run.json` whole: a reader finds the old or the new one, never half of one."""
-    partial = folder / f".run.json.{os.getpid()}"
-    partial.write_text(json.dumps(asdict(record), indent=2) + "\n")
-    partial.replace(folder / "run.json")
+    """Write `run.json`."""
+    jsonl.replace_text(folder / "run.json", json.dumps(asdict(record), indent=2) + "\n")
 
 
 def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
@@ -83,7 +80,7 @@ def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
         record = read_record(folder)
         _refuse_changes(folder, config)
         old, new = read_config(folder)["train"], config["train"]
-        asks_more = any((new.get(key) or 0) > (old.get(key) or 0) for key in ("steps", "tokens"))
+        asks_more = any(old.get(key) and (new.get(key) or 0) > old[key] for key in ("steps", "tokens"))
         if record.status == "finished" and not asks_more:
             return record
         record.status, record.exit_reason = "running", None
@@ -98,7 +95,7 @@ def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
             host=platform.node(),
         )
         record.wandb_id = record.id
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    jsonl.replace_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_record(folder, record)  # last: a folder without it is no run yet, and a repeat starts afresh
     return record
 

@@ -44,7 +44,7 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("eval/step")
         self._run.define_metric("eval/*", step_metric="eval/step")
-        self.url: str | None = self._run.url
+        self.url: str | None = self._run.url if mode == "online" else None
         for line in jsonl.read(folder / "metrics.jsonl"):
             if mode == "offline" or line["step"] > (self._run.summary.get("step") or 0):
                 self.metrics(line)

@@ -127,6 +127,9 @@ class TrainingRun:
                 f"warm-up must end before the run does: schedule.warmup_steps={self.schedule.warmup_steps} is not "
                 f"under train.steps={self.steps}"
             )
+        for key in ("decay_share", "floor"):
+            if not 0 <= getattr(self.schedule, key) <= 1:
+                raise ConfigError(f"schedule.{key}={getattr(self.schedule, key)} must lie between 0 and 1")
         if not 0 < self.optimizer.lr < math.inf:
             raise ConfigError(f"optimizer.lr={self.optimizer.lr} must be a number above 0")
 
