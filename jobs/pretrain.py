@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from omniloom.cluster.session import ray_session
+from omniloom.cluster.session import job_id, ray_session
 from omniloom.settings import TrainSettings, run_job
 
 
@@ -22,7 +22,7 @@ def main(settings: TrainSettings) -> None:
             build_corpus(settings)
         corpus = Corpus(folder)
         check_against_corpus(settings, corpus)
-        record = open_run(settings.folder, asdict(settings))
+        record = open_run(settings.folder, asdict(settings), job_id())
         if record.status == "finished":
             print(f"run {settings.run} is finished: {settings.folder}; train.steps=… makes it longer")
             return

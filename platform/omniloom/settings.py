@@ -123,7 +123,7 @@ def _one_message(schema: type, debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: repeat the command to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (OmniloomError, HydraException, OmegaConfBaseException) as error:
         if debug:

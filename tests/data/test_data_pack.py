@@ -146,6 +146,21 @@ def test_training_rows_hold_what_fits_and_never_part_of_a_picture(split: Split) 
     assert count_unusable(split, SEQ_LEN) == sum(too_long)
 
 
+def test_rows_are_shuffled_in_blocks_each_in_its_own_order() -> None:
+    """A long text fills many rows in a row; training must not see them one after another."""
+    windows = 2 * SHUFFLED_ROWS
+    split = Split(np.array([windows * (SEQ_LEN - 1) + 1]), np.zeros(1, int), np.zeros(1, int))
+    rows = training_rows(split, np.ones(1), 0, SEQ_LEN, windows)
+    starts = [row[0].start // (SEQ_LEN - 1) for row in rows]
+    first, second = starts[:SHUFFLED_ROWS], starts[SHUFFLED_ROWS:]
+    assert sorted(first) == list(range(SHUFFLED_ROWS))
+    assert sorted(second) == list(range(SHUFFLED_ROWS, windows))
+    assert first != sorted(first)
+    assert [start + SHUFFLED_ROWS for start in first] != second
+    other = training_rows(split, np.ones(1), 1, SEQ_LEN, SHUFFLED_ROWS)
+    assert other != rows[:SHUFFLED_ROWS]
+
+
 def test_another_seed_gives_another_stream() -> None:
     split = Split(np.full(30, 8), np.zeros(30, int), np.zeros(30, int))
     first, second, again = (training_rows(split, np.ones(1), seed, SEQ_LEN, 10) for seed in (0, 1, 0))

@@ -1,6 +1,7 @@
 """Shards hold documents bit for bit; a finished one is kept, anything else is written again."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -238,6 +239,14 @@ def test_a_picture_file_over_the_limit_is_rejected_without_being_read(corpus: Pa
         tracemalloc.stop()
     assert "modality.image.limit_bytes" in record.rejects[0].reason
     assert peak < 50 << 20
+
+
+@pytest.mark.timeout(5)
+def test_a_picture_path_that_is_a_pipe_is_rejected(corpus: Path, tmp_path: Path) -> None:
+    """Opening one waits for a writer, and a device like /dev/zero never ends: only plain files are pictures."""
+    os.mkfifo(tmp_path / "pipe.png")
+    record = reject(corpus, tmp_path, {"image": "pipe.png"})
+    assert (record.documents, len(record.rejects)) == (2, 1)
 
 
 def test_targets_are_counted_in_the_training_text_alone(corpus: Path, pictures: Unit) -> None:

@@ -231,9 +231,9 @@ def test_shuffled_keeps_two_tasks_of_one_call_apart(folder, pictures):
 @pytest.mark.parametrize("medium", ["kept", "removed", "shuffled"])
 @pytest.mark.parametrize(("context", "count"), [("what?", 1), ("<image><image>what?", 1), ("<image>what?", 0)])
 def test_a_wrong_count_of_placeholders_is_refused_with_both_figures(folder, pictures, medium, context, count):
-    request = ask(context, " red", {"visual": pictures[:count]}, task="pictures_task")
+    requests = [ask(context, " red", {"visual": pictures[:count]}, document=i, task="pictures_task") for i in (0, 1)]
     with pytest.raises(DataError) as caught:
-        score(tiny_lm(folder, medium), [request])
+        score(tiny_lm(folder, medium), requests)
     assert "pictures_task" in str(caught.value)
     assert f"{context.count('<image>')} <image>" in str(caught.value)
     assert f"{count} pictures" in str(caught.value)

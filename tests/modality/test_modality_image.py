@@ -187,6 +187,24 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
     assert np.abs(square[::2, ::2, 0].astype(int) - [[0, 0x40], [0x80, 0xFF]]).max() <= 1
 
 
+def test_sixteen_bit_grey_is_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture = np.zeros((4, 4), np.uint16)
+    picture[:2] = 0x4000
+    square = joined(read_image(encode(picture, "PNG", exif=exif), TINY), TINY)
+    assert (square[:2] == 0).all()
+    assert (square[2:] == 0x40).all()
+
+
+def test_transparent_sixteen_bit_grey_lies_on_white() -> None:
+    picture = np.zeros((4, 4), np.uint16)
+    picture[:2] = 0x4000
+    square = joined(read_image(encode(picture, "PNG", transparency=0x4000), TINY), TINY)
+    assert (square[:2] == 255).all()
+    assert (square[2:] == 0).all()
+
+
 def test_one_pixel_and_one_line_pictures_read() -> None:
     for size in ((1, 1), (1, 300), (300, 1)):
         assert (read_image(encode(Image.new("RGB", size, COLOUR), "PNG"), TINY).content.reshape(-1, 3) == COLOUR).all()

@@ -36,6 +36,8 @@ def run_on_ranks(function: Callable[[Argument], None], argument: Argument, confi
         )
         try:
             trainer.fit()
+        except SystemExit as stop:  # how Ray Train ends on Ctrl-C, once the ranks are gone
+            raise KeyboardInterrupt from stop
         except WorkerGroupError as error:
             raise _first_cause(error) from error
         except (TrainingFailedError, RayError) as error:

@@ -53,6 +53,11 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = True
 
 
+def job_id() -> str:
+    """Ray's id of the job this process runs."""
+    return str(ray.get_runtime_context().get_job_id())
+
+
 @contextmanager
 def _attached(address: str) -> Iterator[None]:
     try:

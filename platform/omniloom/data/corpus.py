@@ -17,6 +17,7 @@ from omniloom.data.samples import write_samples
 from omniloom.data.shards import (
     Corpus,
     Index,
+    Reject,
     ShardRecord,
     SourceRecord,
     count_targets,
@@ -148,16 +149,21 @@ def _refuse_too_many_rejects(records: list[ShardRecord], limit: float) -> None:
     if not documents:
         raise DataError("the manifest's files hold no document")
     if rejects and len(rejects) > limit * documents:
-        named = "\n".join(f"  {reject.name}: {reject.reason}" for reject in rejects[:REJECTS_NAMED])
-        more = f"\n  … and {len(rejects) - REJECTS_NAMED} more" if len(rejects) > REJECTS_NAMED else ""
         raise DataError(
             f"{len(rejects)} of {documents} documents cannot be used, {len(rejects) / documents:.2%}, over "
-            f"max_reject_share={limit:.2%}:\n{named}{more}\nmend the files, or raise max_reject_share"
+            f"max_reject_share={limit:.2%}:\n{_named(rejects)}\nmend the files, or raise max_reject_share"
         )
 
 
+def _named(rejects: list[Reject]) -> str:
+    named = [f"  {reject.name}: {reject.reason}" for reject in rejects[:REJECTS_NAMED]]
+    if len(rejects) > REJECTS_NAMED:
+        named.append(f"  … and {len(rejects) - REJECTS_NAMED} more, all in the shards' json files")
+    return "\n".join(named)
+
+
 def describe(corpus: Corpus) -> str:
-    """One line a split: documents, tokens, media; and what was skipped."""
+    """One line a split and source: documents, tokens, media; then what was skipped, by name and reason."""
     lines = []
     for split in ("train", "heldout"):
         records = [record for record in corpus.index.shards if record.split == split]
@@ -170,4 +176,7 @@ def describe(corpus: Corpus) -> str:
                     f"  {split:8} {source.name:12} {documents:>8,} documents {tokens:>12,} tokens "
                     f"({media:,} of media), {skipped} skipped"
                 )
+    rejects = [reject for record in corpus.index.shards for reject in record.rejects]
+    if rejects:
+        lines.append(f"skipped:\n{_named(rejects)}")
     return "\n".join([f"corpus {corpus.folder} ({corpus.index.vocab_size:,} ids)", *lines])

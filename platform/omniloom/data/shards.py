@@ -7,7 +7,6 @@ commit), `index.json` (written last of all, the corpus's commit).
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -274,10 +273,6 @@ class Corpus:
         shutil.copyfile(self.folder / "tokenizer.json", folder / "tokenizer.json")
         (folder / "modality.json").write_bytes(TypeAdapter(ModalityConfig).dump_json(self.index.modality, indent=1))
         (folder / "target_counts.json").write_text(json.dumps(self.index.target_counts))
-
-    def rejects(self) -> Counter[str]:
-        """Skipped documents by reason."""
-        return Counter(reject.reason for shard in self.index.shards for reject in shard.rejects)
 
 
 class CorpusSplit:

@@ -71,7 +71,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
     jsonl.replace_text(folder / "run.json", json.dumps(asdict(record), indent=2) + "\n")
 
 
-def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
+def open_run(folder: Path, config: Mapping[str, Any], ray_job_id: str | None = None) -> RunRecord:
     """Start a run, or find the one to resume; the caller looks at `status` to see whether it is already finished.
 
     Raises ConfigError where the run's own configuration differs in a key that may not change, with both values.
@@ -95,6 +95,7 @@ def open_run(folder: Path, config: Mapping[str, Any]) -> RunRecord:
             host=platform.node(),
         )
         record.wandb_id = record.id
+    record.ray_job_id = ray_job_id
     jsonl.replace_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_record(folder, record)  # last: a folder without it is no run yet, and a repeat starts afresh
     return record
