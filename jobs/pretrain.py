@@ -15,19 +15,20 @@ def main(settings: TrainSettings) -> None:
         from omniloom.data.shards import Corpus
         from omniloom.track.progress import follow
         from omniloom.track.run_directory import open_run, running
-        from omniloom.train.loop import check_against_corpus, train
 
         folder = Path(settings.corpus or "")
         if (settings.manifest or settings.samples) and not (folder / "index.json").is_file():
             build_corpus(settings)
         corpus = Corpus(folder)
-        check_against_corpus(settings, corpus)
+        settings.check_index(corpus.index)
         record = open_run(settings.folder, asdict(settings), job_id())
         if record.status == "finished":
             print(f"run {settings.run} is finished: {settings.folder}; train.steps=… makes it longer")
             return
         print(describe(corpus))
         print(settings.batch_terms(settings.cluster.workers))
+        from omniloom.train.loop import train
+
         with running(settings.folder), follow(settings.folder, settings.steps):
             run_on_ranks(train, settings, settings.cluster)
         print(f"run {settings.run} is finished: {settings.folder}")

@@ -25,7 +25,7 @@ def omniloom(*words: str, folder: Path, **environment: str) -> subprocess.Comple
         (["trian"], "unknown verb trian; did you mean 'train'?"),
         (["train", "trian.steps=4"], "unknown key trian; did you mean 'train'?"),
         (["train", "model.hiden_size=3"], "unknown key model.hiden_size; did you mean 'model.hidden_size'?"),
-        (["train", "+modle=3"], "unknown key modle; did you mean 'model."),
+        (["train", "+modle=3"], "unknown key modle; did you mean 'model'?"),
         (["train", "model=tinny"], "unknown model=tinny; did you mean 'tiny'?"),
         (["train", "experiment=smok"], "unknown experiment=smok; did you mean 'smoke'?"),
         (["train", "train.steps=many"], "train.steps: Value 'many'"),

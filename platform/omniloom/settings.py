@@ -146,7 +146,7 @@ def _refuse_added_keys(schema: type) -> None:
     for word in sys.argv[1:]:
         key = word.split("=")[0].lstrip("+")
         if word.startswith("+") and not key.startswith(("hydra", *FREE_MAPPINGS)):
-            raise ConfigError(f"unknown key {key}; {did_you_mean(key, flat_keys(OmegaConf.structured(schema)))}")
+            raise ConfigError(f"unknown key {key}; {_nearest_key(key, schema)}")
 
 
 def explain(error: Exception, schema: type) -> str:
@@ -160,13 +160,17 @@ def explain(error: Exception, schema: type) -> str:
     key = getattr(cause, "full_key", None) or _quoted(r"Could not override '(.+?)'", str(error)) or ""
     unknown = _quoted(r"Key '(.+?)' is not in struct", text) or _quoted(r"Key '(.+?)' not in '", text)
     if unknown:
-        valid = flat_keys(OmegaConf.structured(schema))
-        # A whole valid key is named when a part of it was mistyped; a section, when only sections come near.
-        return f"unknown key {key}; {did_you_mean(key, [*valid, *{v.split('.')[0] for v in valid}])}"
+        return f"unknown key {key}; {_nearest_key(key, schema)}"
     first_line = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, ConfigCompositionException) or key:
         return f"{key}: {first_line}" if key and key not in first_line else first_line
     return first_line
+
+
+def _nearest_key(key: str, schema: type) -> str:
+    """The nearest whole key, or the nearest section where only sections come near."""
+    valid = flat_keys(OmegaConf.structured(schema))
+    return did_you_mean(key, [*valid, *{whole.split(".")[0] for whole in valid}])
 
 
 def _quoted(pattern: str, text: str) -> str | None:

@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         ("name", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("modality", pa.binary()),
-        ("position", pa.binary()),
+        ("position", pa.large_binary()),
         ("loss_mask", pa.binary()),
         ("image", pa.large_binary()),
     ]
@@ -192,7 +192,7 @@ def _to_arrow(batch: list[tuple[str, Document]]) -> pa.RecordBatch:
         pa.array([name for name, _ in batch], pa.string()),
         pa.array([document.input_ids for _, document in batch], SCHEMA.field("input_ids").type),
         pa.array(blobs("modality"), pa.binary()),
-        pa.array(blobs("position"), pa.binary()),
+        pa.array(blobs("position"), pa.large_binary()),
         pa.array(blobs("loss_mask"), pa.binary()),
         pa.array(blobs("image"), pa.large_binary()),
     ]
@@ -250,6 +250,9 @@ class Corpus:
         except ValidationError as error:
             raise DataError(f"{path} is no corpus index: {error.errors()[0]['msg']}") from error
         self.sha256 = hashlib.sha256(content).hexdigest()
+        vocabulary = folder / "tokenizer.json"
+        if not vocabulary.is_file() or file_sha256(vocabulary) != self.index.tokenizer_sha256:
+            raise DataError(f"{vocabulary} is missing or not the one the shards were made with: tokenize again")
         for shard in self.index.shards:
             file = folder / "shards" / shard.file
             size = file.stat().st_size if file.is_file() else 0

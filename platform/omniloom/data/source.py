@@ -92,10 +92,16 @@ def list_units(manifest: Manifest, folder: Path) -> list[Unit]:
     """Gather the files of each source and split into units, in name order; raises DataError where a glob is empty."""
     units: list[Unit] = []
     for source_name, source in manifest.sources.items():
+        files = {split: _matching_files(folder, source_name, split, getattr(source, split)) for split in SPLITS}
+        both = sorted(set(files["train"]) & set(files["heldout"]))
+        if both:
+            raise DataError(
+                f"source {source_name}: {both[0]} is both trained on and held out ({len(both)} such): mend its patterns"
+            )
         for split in SPLITS:
             gathered: list[list[str]] = []
             room = 0
-            for file in _matching_files(folder, source_name, split, getattr(source, split)):
+            for file in files[split]:
                 size = file.stat().st_size
                 if size > room:
                     gathered.append([])

@@ -1,6 +1,7 @@
 """A picture file becomes patches (Pillow decodes; every size is checked before pixels are read)."""
 
 import io
+import stat
 import warnings
 from pathlib import Path
 
@@ -17,7 +18,10 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 def read_image_file(path: Path, config: ImageConfig) -> Segment:
     """Read one picture file; one over the limit is refused before its bytes are."""
     try:
-        _refuse_large(path.stat().st_size, config)
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe would block, a device never end
+            raise DataError(f"cannot read {path}: not a plain file")
+        _refuse_large(state.st_size, config)
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
@@ -66,6 +70,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         return picture
     grey = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     grey.info.update(picture.info)  # its EXIF
+    if isinstance(transparent := grey.info.get("transparency"), int):
+        grey.info["transparency"] = transparent >> 8
     return grey
 
 

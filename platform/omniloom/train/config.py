@@ -3,11 +3,15 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omniloom.data.config import DataConfig
 from omniloom.errors import ConfigError, refuse_unless_one_of
 from omniloom.model.config import ModelConfig
 from omniloom.track.config import TrackConfig
+
+if TYPE_CHECKING:
+    from omniloom.data.shards import Index
 
 
 @dataclass
@@ -132,6 +136,20 @@ class TrainingRun:
                 raise ConfigError(f"schedule.{key}={getattr(self.schedule, key)} must lie between 0 and 1")
         if not 0 < self.optimizer.lr < math.inf:
             raise ConfigError(f"optimizer.lr={self.optimizer.lr} must be a number above 0")
+
+    def check_index(self, index: "Index") -> None:
+        """Raise ConfigError where the model cannot read the corpus; asked before anything starts."""
+        if index.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"the corpus has {index.vocab_size:,} ids, the model embeds {self.model.vocab_size:,}: "
+                f"set model.vocab_size={index.vocab_size}"
+            )
+        patch_pixels = index.modality.image.patch_pixels
+        if patch_pixels != self.model.image_patch_pixels:
+            raise ConfigError(
+                f"the corpus cuts pictures into patches of {patch_pixels} pixels, the model reads "
+                f"{self.model.image_patch_pixels}: set model.image_patch_pixels={patch_pixels}"
+            )
 
     def batch_terms(self, ranks: int) -> str:
         """The three terms and what follows from them, for the first lines of a run."""

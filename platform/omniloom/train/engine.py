@@ -1,16 +1,21 @@
 """DeepSpeed: the one place that knows it. Our configuration in, a sharded engine out."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
 from omniloom.train.config import TrainingRun
 from omniloom.train.optimizer import deepspeed_section, parameter_groups
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, but warns on standard output
+
+import deepspeed
+from deepspeed.ops import __compatible_ops__
 
 
 def deepspeed_config(run: TrainingRun, ranks: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from omniloom.data.loader import Batch, Rows, batch_hash, rank_batches
 from omniloom.data.mixture import source_weights
 from omniloom.data.pack import count_unusable, heldout_rows, training_rows
 from omniloom.data.shards import Corpus
-from omniloom.errors import ConfigError
 from omniloom.model.decoder import Decoder
 from omniloom.track.tracker import Tracker
 from omniloom.train import checkpoint
@@ -24,21 +23,6 @@ from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine, shut_down
 from omniloom.train.schedule import rate_share
 from omniloom.train.step import StepResult, sparse_layers, training_step, validation_loss
-
-
-def check_against_corpus(run: TrainingRun, corpus: Corpus) -> None:
-    """Raise ConfigError where the model cannot read the corpus; asked before anything starts."""
-    index = corpus.index
-    if index.vocab_size > run.model.vocab_size:
-        raise ConfigError(
-            f"the corpus has {index.vocab_size:,} ids, the model embeds {run.model.vocab_size:,}: "
-            f"set model.vocab_size={index.vocab_size}"
-        )
-    if index.modality.image.patch_pixels != run.model.image_patch_pixels:
-        raise ConfigError(
-            f"the corpus cuts pictures into patches of {index.modality.image.patch_pixels} pixels, the model reads "
-            f"{run.model.image_patch_pixels}: set model.image_patch_pixels={index.modality.image.patch_pixels}"
-        )
 
 
 def train(run: TrainingRun) -> None:
