@@ -26,11 +26,12 @@ def main(overrides: list[str]) -> None:
         return
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     run, runs_dir = given.get("run", "demo"), given.get("runs_dir", "runs")
-    shared = [word for word in overrides if word.startswith(("runs_dir=", "--debug"))]
+    debug = [word for word in overrides if word == "--debug"]
+    shared = [*(word for word in overrides if word.startswith("runs_dir=")), *debug]
     passed = [word for word in overrides if not word.startswith(("run=", "runs_dir=", "--debug"))]
     heldout = f"{CORPUS}/files"
     parts = [
-        ("tokenize", ["data=demo", *(word for word in shared if word == "--debug")]),
+        ("tokenize", ["data=demo", *debug]),
         ("train", ["experiment=demo", f"run={run}", *passed, *shared]),
         (
             "evaluate",

@@ -1,31 +1,23 @@
 """Questions about pictures, from jsonl files of {image, question, choices, answer}."""
 
 import json
-from glob import glob
 from pathlib import Path
 
 import datasets
 
-from omniloom.errors import ConfigError, DataError, did_you_mean
+from omniloom.errors import DataError, did_you_mean
+from omniloom.evaluation.files import read_files
 
 KEYS = ("image", "question", "choices", "answer")
 
 
 def load(files=None, **_):
     """The questions of all `files` (paths or globs); picture paths count from their own file's folder."""
-    if not files:
-        raise ConfigError("task omniloom_pictures has no questions: set task_args.omniloom_pictures.files=[…]")
-    rows = []
-    for pattern in [files] if isinstance(files, str) else files:
-        paths = sorted(glob(pattern, recursive=True))
-        if not paths:
-            raise DataError(f"task omniloom_pictures: no file matches {pattern}")
-        for path in paths:
-            try:
-                lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"task omniloom_pictures cannot read {path}: {error}") from error
-            rows += [question(path, number, line) for number, line in enumerate(lines, 1)]
+    rows = [
+        question(path, number, line)
+        for path, text in read_files("omniloom_pictures", "questions", files)
+        for number, line in enumerate(text.rstrip("\n").split("\n"), 1)
+    ]
     return {"test": datasets.Dataset.from_list(rows)}
 
 

@@ -102,7 +102,8 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
     json=true. Ends the process with a nonzero status, after one message, where the work was not done.
     """
     debug = "--debug" in sys.argv
-    sys.argv = [_as_override(word, schema) for word in sys.argv if word != "--debug"]
+    mappings = tuple(f"{key}." for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS)
+    sys.argv = [_as_override(word, mappings) for word in sys.argv if word != "--debug"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us: the one message is ours to write
     ConfigStore.instance().store(name=f"{job}_schema", node=schema)
 
@@ -113,7 +114,7 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
             function(settings)
 
     with _one_message(schema, debug):
-        _refuse_added_keys(schema)
+        _refuse_added_keys(schema, mappings)
         GlobalHydra.instance().clear()  # one process may run several jobs
         hydra.main(version_base="1.3", config_path=str(resource_folder("conf")), config_name=job)(call)()
 
@@ -133,19 +134,18 @@ def _one_message(schema: type, debug: bool) -> Iterator[None]:
         sys.exit(1)
 
 
-def _as_override(word: str, schema: type) -> str:
+def _as_override(word: str, mappings: tuple[str, ...]) -> str:
     """--json is json=true; a key inside a free mapping needs no + of Hydra's."""
     if word == "--json":
         return "json=true"
-    mappings = [key for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS]
-    return f"++{word}" if word.startswith(tuple(f"{key}." for key in mappings)) else word
+    return f"++{word}" if word.startswith(mappings) else word
 
 
-def _refuse_added_keys(schema: type) -> None:
+def _refuse_added_keys(schema: type, mappings: tuple[str, ...]) -> None:
     """Hydra's +key=value adds keys that nobody reads: as wrong as a mistyped one."""
     for word in sys.argv[1:]:
         key = word.split("=")[0].lstrip("+")
-        if word.startswith("+") and not key.startswith(("hydra", *FREE_MAPPINGS)):
+        if word.startswith("+") and not key.startswith(("hydra", *mappings)):
             raise ConfigError(f"unknown key {key}; {_nearest_key(key, schema)}")
 
 

@@ -159,8 +159,8 @@ def test_what_does_not_alter_the_learning_may_change(folder, changes):
 
 def test_a_configuration_survives_the_file_unchanged(folder):
     config = config_with(optimizer__eps=1e-20, train__tokens=10**13, corpus="no: yes", run="007")
-    open_run(folder, config)
-    open_run(folder, config)  # refused, were one value read back as another
+    first = open_run(folder, config)
+    assert open_run(folder, config).id == first.id  # refused, were one value read back as another
 
 
 def test_a_damaged_or_missing_run_json_is_named(folder):

@@ -110,8 +110,8 @@ def list_units(manifest: Manifest, folder: Path) -> list[Unit]:
                 gathered[-1].append(str(file))
                 room -= size
             units += [
-                Unit(f"{source_name}-{split}-{number:05d}", source_name, split, source.format, files)
-                for number, files in enumerate(gathered)
+                Unit(f"{source_name}-{split}-{number:05d}", source_name, split, source.format, members)
+                for number, members in enumerate(gathered)
             ]
     return units
 

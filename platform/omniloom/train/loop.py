@@ -39,10 +39,9 @@ def train(run: TrainingRun) -> None:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
             here = {"host": platform.node(), "pid": os.getpid()}
             tracker.event("start", step=state.step, ranks=engine.ranks, corpus=corpus.sha256, **here)
-            skipped = count_unusable(corpus.split("train"), run.data.seq_len)
-            if skipped:
-                tracker.event("skipped_documents", count=skipped, reason=f"media and over {run.data.seq_len} tokens")
         stream = _Stream(run, corpus, engine)
+        if tracker is not None and stream.skipped:
+            tracker.event("skipped_documents", count=stream.skipped, reason=f"media and over {run.data.seq_len} tokens")
         began, first = time.monotonic(), state.step
         for batches, waited_s in stream.steps(state.step):
             started = time.monotonic()
@@ -77,6 +76,7 @@ class _Stream:
         losses = source_weights(self._names, [s.loss_weight for s in sources], run.data.loss_weights, "loss_weights")
         self.loss_weight_S = torch.tensor(losses, dtype=torch.float32, device=engine.device)
         seq_len, train = run.data.seq_len, corpus.split("train")
+        self.skipped = count_unusable(train, seq_len)
         rows = run.steps * run.train.global_batch_size
         self._train = Rows(train, training_rows(train, weights, run.seed, seq_len, rows), seq_len)
         heldout = corpus.split("heldout")
