@@ -1,32 +1,17 @@
 """A picture file becomes patches (Pillow decodes; every size is checked before pixels are read)."""
 
 import io
-import stat
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omniloom.errors import DataError
 from omniloom.modality.config import ImageConfig
+from omniloom.modality.files import refuse_large
 from omniloom.modality.sequence import IMAGE, Segment
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-
-
-def read_image_file(path: Path, config: ImageConfig) -> Segment:
-    """Read one picture file; one over the limit is refused before its bytes are."""
-    try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # a pipe would block, a device never end
-            raise DataError(f"cannot read {path}: not a plain file")
-        _refuse_large(state.st_size, config)
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"cannot read {path}: {reason}") from error
-    return read_image(data, config)
 
 
 def read_image(data: bytes, config: ImageConfig) -> Segment:
@@ -36,7 +21,7 @@ def read_image(data: bytes, config: ImageConfig) -> Segment:
     column). The first frame of an animation is taken; EXIF orientation is applied; transparency lies on white; 16-bit
     grey keeps its upper 8. Raises DataError for a file that is too large, of another format or broken.
     """
-    _refuse_large(len(data), config)
+    refuse_large(len(data), config.limit_bytes, "modality.image.limit_bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -57,12 +42,7 @@ def read_image(data: bytes, config: ImageConfig) -> Segment:
     white = Image.new("RGBA", upright.size, "white")
     colour = Image.alpha_composite(white, upright).convert("RGB")
     square = colour.resize((config.size_pixels, config.size_pixels), Image.Resampling.BILINEAR)
-    return patches(np.asarray(square, dtype=np.uint8), config)
-
-
-def _refuse_large(size_bytes: int, config: ImageConfig) -> None:
-    if size_bytes > config.limit_bytes:
-        raise DataError(f"picture of {size_bytes} bytes is over modality.image.limit_bytes={config.limit_bytes}")
+    return Segment(IMAGE, *cut_patches(np.asarray(square, dtype=np.uint8), config.patch_pixels))
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -75,9 +55,9 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return grey
 
 
-def patches(pixels: np.ndarray, config: ImageConfig) -> Segment:
-    """Cut pixels uint8 (size, size, 3) into a Segment of patches, row by row."""
-    grid, patch = config.grid, config.patch_pixels
-    cut = pixels.reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4).reshape(grid**2, config.patch_values)
+def cut_patches(pixels: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut pixels uint8 (size, size, 3) into patches uint8 (N, patch² · 3), row by row, and their (0, row, column)."""
+    grid = len(pixels) // patch
+    cut = pixels.reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4).reshape(grid**2, patch**2 * 3)
     row, column = np.divmod(np.arange(grid**2, dtype=np.int32), grid)
-    return Segment(IMAGE, np.ascontiguousarray(cut), np.stack([np.zeros_like(row), row, column], axis=1))
+    return np.ascontiguousarray(cut), np.stack([np.zeros_like(row), row, column], axis=1)

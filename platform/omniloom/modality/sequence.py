@@ -1,19 +1,26 @@
 """Segments become the unified sequence: one document, then one packed row of `seq_len` tokens.
 
-T tokens of a row, N tokens of one segment, P values of one patch.
+T tokens of a row, N tokens of one segment, P values of one patch, F frames, M mel bands.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from omniloom.modality.config import Widths
+
+MODALITIES = ("text", "image", "audio", "video")
 TEXT, IMAGE, AUDIO, VIDEO = range(4)
 PADDING = -1  # the `document` of a position that belongs to none
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of one modality: text ids int32 (N,) or media uint8 (N, P), with position int32 (N, 3)."""
+    """One stretch of one modality: its content, and the position of each of its tokens, int32 (N, 3).
+
+    Content: text ids int32 (N,); the patches of a picture or video, uint8 (N, P); a clip's log-mel frames, float16
+    (F, M), several of which make one token.
+    """
 
     modality: int
     content: np.ndarray
@@ -21,38 +28,54 @@ class Segment:
     is_target: bool = False
 
     def __len__(self) -> int:
-        return len(self.content)
+        return len(self.position)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document of the unified sequence: its fields per token, and the patches of its pictures in order."""
+    """One document of the unified sequence: its fields per token, and its media in order of appearance."""
 
     input_ids: np.ndarray  # int32 (N,)
     modality: np.ndarray  # uint8 (N,)
     position: np.ndarray  # int32 (N, 3)
     loss_mask: np.ndarray  # uint8 (N,)
     image: np.ndarray  # uint8 (N_image, P)
+    audio: np.ndarray  # float16 (frames of all clips, M)
+    audio_frames: np.ndarray  # int32 (clips,)
+    video: np.ndarray  # uint8 (N_video, P)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def window(self, start: int, stop: int) -> "Document":
-        """The tokens from `start` to `stop`, with the patches that belong to them."""
-        before = int((self.modality[:start] == IMAGE).sum())
-        within = int((self.modality[start:stop] == IMAGE).sum())
+        """The tokens from `start` to `stop`, with the media that belong to them; a clip must lie inside whole."""
+        modality = self.modality
+
+        def patches(kind: int) -> slice:
+            before = int((modality[:start] == kind).sum())
+            return slice(before, before + int((modality[start:stop] == kind).sum()))
+
+        begins_clip = (modality == AUDIO) & (self.position[:, 0] == 0)
+        if any(at < len(self) and modality[at] == AUDIO and not begins_clip[at] for at in (start, stop)):
+            raise ValueError(f"the window {start} … {stop} cuts a clip")
+        first_clip = int(begins_clip[:start].sum())
+        clips = slice(first_clip, first_clip + int(begins_clip[start:stop].sum()))
+        frames = np.cumsum([0, *self.audio_frames])
         return Document(
             self.input_ids[start:stop],
-            self.modality[start:stop],
+            modality[start:stop],
             self.position[start:stop],
             self.loss_mask[start:stop],
-            self.image[before : before + within],
+            self.image[patches(IMAGE)],
+            self.audio[frames[clips.start] : frames[clips.stop]],
+            self.audio_frames[clips],
+            self.video[patches(VIDEO)],
         )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One packed training row, one sample: the contract's fields. Shapes: (T,), position (T, 3), image (N, P)."""
+    """One packed training row, one sample: the contract's fields. Shapes: (T,), position (T, 3), media as Document."""
 
     input_ids: np.ndarray
     modality: np.ndarray
@@ -61,13 +84,22 @@ class Row:
     source: np.ndarray
     loss_mask: np.ndarray
     image: np.ndarray
+    video: np.ndarray
+    audio: np.ndarray
+    audio_frames: np.ndarray
 
     def fields(self) -> dict[str, np.ndarray]:
         """The fields by name, in the contract's order: what batches are made of and `batch_hash` covers."""
         return dict(vars(self))
 
 
-def weave(segments: list[Segment], bos_id: int, eos_id: int, placeholder_ids: tuple[int, ...], patch: int) -> Document:
+TOKEN_FIELDS = ("input_ids", "modality", "position", "document", "source", "loss_mask")  # one entry a token
+MEDIA_FIELDS = ("image", "video", "audio", "audio_frames")  # joined in order of appearance
+
+
+def weave(
+    segments: list[Segment], bos_id: int, eos_id: int, placeholder_ids: tuple[int, ...], widths: Widths
+) -> Document:
     """Join segments into one document: bos, the segments in order, eos.
 
     A media position holds its modality's placeholder id. `loss_mask` is 1 where the segment is a target; bos never is,
@@ -77,7 +109,10 @@ def weave(segments: list[Segment], bos_id: int, eos_id: int, placeholder_ids: tu
     ends_in_target = bool(segments) and segments[-1].is_target
     eos = Segment(TEXT, np.array([eos_id], np.int32), np.zeros((1, 3), np.int32), is_target=ends_in_target)
     woven = [bos, *segments, eos]
-    pictures = [s.content for s in woven if s.modality == IMAGE]
+
+    def media(kind: int, empty: np.ndarray) -> np.ndarray:
+        return np.concatenate([empty, *(s.content for s in woven if s.modality == kind)])
+
     return Document(
         input_ids=np.concatenate(
             [s.content if s.modality == TEXT else np.full(len(s), placeholder_ids[s.modality], np.int32) for s in woven]
@@ -85,11 +120,14 @@ def weave(segments: list[Segment], bos_id: int, eos_id: int, placeholder_ids: tu
         modality=np.concatenate([np.full(len(s), s.modality, np.uint8) for s in woven]),
         position=np.concatenate([s.position for s in woven]),
         loss_mask=np.concatenate([np.full(len(s), s.is_target, np.uint8) for s in woven]),
-        image=np.concatenate(pictures) if pictures else np.zeros((0, patch), np.uint8),
+        image=media(IMAGE, np.zeros((0, widths.image), np.uint8)),
+        audio=media(AUDIO, np.zeros((0, widths.audio), np.float16)),
+        audio_frames=np.array([len(s.content) for s in woven if s.modality == AUDIO], np.int32),
+        video=media(VIDEO, np.zeros((0, widths.video), np.uint8)),
     )
 
 
-def lay_row(pieces: list[tuple[Document, int]], seq_len: int, pad_id: int, patch: int) -> Row:
+def lay_row(pieces: list[tuple[Document, int]], seq_len: int, pad_id: int, widths: Widths) -> Row:
     """Lay (document, source) pieces side by side in one row of `seq_len` tokens; what is left over is padding."""
     used = sum(len(document) for document, _ in pieces)
     padding = seq_len - used
@@ -105,6 +143,9 @@ def lay_row(pieces: list[tuple[Document, int]], seq_len: int, pad_id: int, patch
         lengths = [len(document) for document in documents]
         return np.repeat(np.array([*values, fill], dtype), [*lengths, padding])
 
+    def media(name: str, empty: np.ndarray) -> np.ndarray:
+        return np.concatenate([empty, *(getattr(document, name) for document in documents)])
+
     return Row(
         input_ids=column("input_ids", pad_id, np.int32),
         modality=column("modality", TEXT, np.uint8),
@@ -112,5 +153,8 @@ def lay_row(pieces: list[tuple[Document, int]], seq_len: int, pad_id: int, patch
         document=per_piece(list(range(len(pieces))), PADDING, np.int32),
         source=per_piece([source for _, source in pieces], 0, np.uint8),
         loss_mask=column("loss_mask", 0, np.uint8),
-        image=np.concatenate([*(d.image for d in documents), np.zeros((0, patch), np.uint8)]),
+        image=media("image", np.zeros((0, widths.image), np.uint8)),
+        video=media("video", np.zeros((0, widths.video), np.uint8)),
+        audio=media("audio", np.zeros((0, widths.audio), np.float16)),
+        audio_frames=media("audio_frames", np.zeros(0, np.int32)),
     )
