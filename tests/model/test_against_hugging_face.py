@@ -22,11 +22,11 @@ def hugging_face_weights(decoder: Decoder) -> dict[str, Tensor]:
     """Our weights under their names; their experts are stored (E, out, in), ours (E, in, out)."""
     theirs = {}
     for name, tensor in decoder.state_dict().items():
-        if name.startswith("embedding.image."):
+        if name.startswith(("media.image.", "media.audio.", "media.video.")):
             continue
         if name == "lm_head.weight":
             theirs[name] = tensor
-        elif name == "embedding.tokens.weight":
+        elif name == "embed_tokens.weight":
             theirs["model.embed_tokens.weight"] = tensor
         elif name.endswith("experts.gate_up_EDF"):
             theirs[f"model.{name.removesuffix('gate_up_EDF')}gate_up_proj"] = tensor.transpose(1, 2)
@@ -83,12 +83,12 @@ def hugging_face_model(decoder: Decoder) -> DeepseekV3ForCausalLM:
 def test_logits_equal_hugging_faces(q_lora_rank, v_head_dim):
     decoder = tiny_decoder(num_hidden_layers=3, q_lora_rank=q_lora_rank, v_head_dim=v_head_dim)
     ids = torch.randint(0, decoder.config.vocab_size, (2, 13), generator=torch.Generator().manual_seed(3))
-    logits = all_logits(decoder, text_fields(ids, decoder.config.image_patch_values))
+    logits = all_logits(decoder, text_fields(ids, decoder.config))
     expected = hugging_face_model(decoder)(ids).logits
     assert expected.std() >= 1
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
     for layer in decoder.layers[1:]:
         layer.mlp.router.bias_E.zero_()
-    without_bias = all_logits(decoder, text_fields(ids, decoder.config.image_patch_values))
+    without_bias = all_logits(decoder, text_fields(ids, decoder.config))
     assert (without_bias - expected).abs().max() > 0.1  # the bias did choose

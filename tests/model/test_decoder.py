@@ -1,62 +1,102 @@
-"""The decoder: packing, causality, pictures, gradients, initialisation, and its configuration's rules."""
+"""The decoder: packing, causality, media, gradients, initialisation, and its configuration's rules."""
 
 import math
 
 import pytest
 import torch
-from tiny_decoders import all_logits, batch_of, document, picture, text, tiny_config, tiny_decoder
+from tiny_decoders import all_logits, batch_of, document, film, picture, sound, text, tiny_config, tiny_decoder
+from torch import Tensor
 
 from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder, text_fields
 
-PATCH_VALUES = 12
+ENCODERS = {1: "media.image.", 2: "media.audio.", 3: "media.video."}
+OPTIONS = {"embedding_conv_tokens": 3, "attention_log_scale_tokens": 4, "num_nextn_predict_layers": 2}
+WITHOUT_IMAGE = {"image_patch_pixels": None}
+WITHOUT_AUDIO = {"audio_mels": None}
+WITHOUT_VIDEO = {"video_patch_pixels": None}
 
 
 def some_documents():
     return [
-        document(text([10, 11, 12, 13, 14])),
-        document(picture(2, 3, seed=1), text([20, 21]), picture(1, 2, seed=2), text([22])),
-        document(text([30, 31, 32])),
-        document(text([23]), picture(3, 1, seed=3), text([24, 25])),
+        document(text([10, 11, 12, 13]), sound(9, seed=5), film(2, 1, 2, seed=6)),
+        document(picture(2, 3, seed=1), text([20, 21]), picture(1, 2, seed=2), sound(1, seed=7), sound(4, seed=8)),
+        document(film(2, 2, 1, seed=9), text([30, 31, 32]), sound(11, seed=10)),
+        document(text([23]), picture(3, 1, seed=3), film(1, 1, 1, seed=11), text([24, 25])),
     ]
 
 
 def mixed_batch():
     a, b, c, d = some_documents()
-    return batch_of([[a, b], [c, d]], 24)
+    return batch_of([[a, b], [c, d]], 30)
 
 
+def everything(decoder: Decoder, fields: dict[str, Tensor]) -> list[Tensor]:
+    """Logits of every position, (B, T, V): the next token's, then each prediction module's."""
+    everywhere = torch.ones_like(fields["document"], dtype=torch.bool)
+    output = decoder(**fields, predict_at=everywhere, predict_ahead_at=[everywhere] * len(decoder.mtp))
+    return [logits.unflatten(0, everywhere.shape) for logits in (output.logits, *output.mtp)]
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS])
 @torch.no_grad()
-def test_packed_documents_have_the_logits_they_have_alone():
-    decoder = tiny_decoder(num_hidden_layers=3)
+def test_packed_documents_have_the_logits_they_have_alone(options):
+    decoder = tiny_decoder(num_hidden_layers=3, **options)
     a, b, c, d = some_documents()
-    packed = all_logits(decoder, batch_of([[a, b], [c, d]], 24))
+    packed = everything(decoder, batch_of([[a, b], [c, d]], 30))
     laid = [[(a, 0), (b, len(a))], [(c, 0), (d, len(c))]]
     for row, pieces in enumerate(laid):
         for piece, start in pieces:
-            alone = all_logits(decoder, batch_of([[piece]], len(piece)))[0]
-            assert alone.std() > 0.5
-            torch.testing.assert_close(packed[row, start : start + len(piece)], alone, atol=1e-5, rtol=1e-5)
+            alone = everything(decoder, batch_of([[piece]], len(piece)))
+            assert len(packed) == len(alone) == 1 + options.get("num_nextn_predict_layers", 0)
+            for together, single in zip(packed, alone, strict=True):
+                assert single.std() > 0.5
+                torch.testing.assert_close(together[row, start : start + len(piece)], single[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS])
 @torch.no_grad()
-def test_a_later_token_changes_no_earlier_logit():
-    decoder = tiny_decoder(num_hidden_layers=3)
-    fields = text_fields(torch.arange(10, 22)[None], PATCH_VALUES)
-    before = all_logits(decoder, fields)
+def test_a_later_token_changes_no_earlier_logit(options):
+    decoder = tiny_decoder(num_hidden_layers=3, **options)
+    fields = text_fields(torch.arange(10, 22)[None], decoder.config)
+    before = everything(decoder, fields)
     for at in (4, 11):
         changed = fields["input_ids"].clone()
         changed[0, at] = 50
-        after = all_logits(decoder, fields | {"input_ids": changed})
-        torch.testing.assert_close(after[:, :at], before[:, :at], atol=1e-6, rtol=0)
-        assert ((after[0, at:] - before[0, at:]).abs().amax(dim=-1) > 1e-3).all()
+        after = everything(decoder, fields | {"input_ids": changed})
+        for ahead, (old, new) in enumerate(zip(before, after, strict=True)):
+            # A module's logits at t may use the tokens up to t + ahead, and do.
+            torch.testing.assert_close(new[:, : at - ahead], old[:, : at - ahead], atol=1e-6, rtol=0)
+            assert ((new[0, at - ahead :] - old[0, at - ahead :]).abs().amax(dim=-1) > 1e-3).all(), ahead
+
+
+@pytest.mark.parametrize("name", ["image", "video", "audio"])
+@torch.no_grad()
+def test_a_changed_medium_changes_its_own_document_from_its_own_token_on(name):
+    decoder = tiny_decoder(num_hidden_layers=3, **OPTIONS)
+    for encoder in (decoder.media.image, decoder.media.audio, decoder.media.video):
+        encoder.scale = 1.0
+    fields = mixed_batch()
+    before = everything(decoder, fields)
+    changed = fields[name].clone()
+    changed[0] = changed[0] + 3 if name == "audio" else 255 - changed[0]
+    after = everything(decoder, fields | {name: changed})
+    modality = {"image": 1, "audio": 2, "video": 3}[name]
+    row, at = (fields["modality"] == modality).nonzero()[0].tolist()
+    inside = (fields["document"][row] == fields["document"][row, at]).nonzero().flatten()
+    for ahead, (old, new) in enumerate(zip(before, after, strict=True)):
+        moved = (new - old).abs().amax(dim=-1)
+        first, last = max(at - ahead, int(inside[0])), int(inside[-1])
+        assert moved[row, first : last + 1 - ahead].min() > 2e-4
+        moved[row, first : last + 1] = 0.0
+        assert moved.max() < 1e-5
 
 
 @torch.no_grad()
 def test_a_picture_is_read_where_it_stands_and_in_order():
     decoder = tiny_decoder()
-    decoder.embedding.image.scale = 1.0  # as large as the text here
+    decoder.media.image.scale = 1.0  # as large as the text here
     one, other = picture(2, 2, seed=1), picture(2, 2, seed=2)
 
     def last(*segments):
@@ -72,7 +112,7 @@ def test_a_picture_is_read_where_it_stands_and_in_order():
 @torch.no_grad()
 def test_a_picture_with_its_patches_in_other_rows_or_columns_gives_other_logits(axis):
     decoder = tiny_decoder()
-    decoder.embedding.image.scale = 1.0
+    decoder.media.image.scale = 1.0
     fields = batch_of([[document(picture(2, 2, seed=1))]], 6)
     moved = fields["position"].clone()
     moved[0, 1:5, axis] += torch.tensor([0, 3, 1, 2], dtype=moved.dtype)
@@ -80,34 +120,53 @@ def test_a_picture_with_its_patches_in_other_rows_or_columns_gives_other_logits(
     assert difference[0, 5].abs().max() > 1e-3
 
 
-def test_every_parameter_gets_a_gradient_and_the_image_encoder_a_zero_one_without_pictures():
-    decoder = tiny_decoder()
-    all_logits(decoder, text_fields(torch.arange(10, 22)[None], PATCH_VALUES)).square().sum().backward()
+@pytest.mark.parametrize("present", [(), (1,), (2,), (3,), (1, 2), (1, 2, 3)])
+def test_every_parameter_gets_a_gradient_and_an_encoder_without_its_medium_a_zero_one(present):
+    decoder = tiny_decoder(**OPTIONS)
+    media = {1: picture(2, 2, seed=1), 2: sound(7, seed=2), 3: film(2, 1, 2, seed=3)}
+    batch = batch_of([[document(*(media[kind] for kind in present), text([10, 11, 12, 13, 14]))]], 20)
+    is_text = batch["modality"] == 0
+    sum(logits[is_text].square().sum() for logits in everything(decoder, batch)).backward()
+    absent = tuple(name for kind, name in ENCODERS.items() if kind not in present)
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert bool(parameter.grad.any()) != name.startswith("embedding.image."), name
+        assert bool(parameter.grad.any()) != name.startswith(absent or "none"), name
+    placeholders = decoder.embed_tokens.weight.grad[[3, 4, 5]]
+    assert not placeholders.any()  # a placeholder's own embedding is written over
 
 
 def test_with_nothing_to_predict_every_parameter_still_gets_a_gradient():
-    decoder = tiny_decoder()
+    decoder = tiny_decoder(**OPTIONS)
     fields = mixed_batch()
-    output = decoder(**fields, predict_at=torch.zeros_like(fields["document"], dtype=torch.bool))
-    assert output.logits.shape == (0, decoder.config.vocab_size)
-    output.logits.sum().backward()
+    nowhere = torch.zeros_like(fields["document"], dtype=torch.bool)
+    output = decoder(**fields, predict_at=nowhere, predict_ahead_at=[nowhere, nowhere])
+    assert [logits.shape for logits in (output.logits, *output.mtp)] == [(0, decoder.config.vocab_size)] * 3
+    sum(logits.sum() for logits in (output.logits, *output.mtp)).backward()
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
 
 
-def test_with_a_picture_its_encoder_learns():
-    decoder = tiny_decoder()
-    fields = mixed_batch()
-    all_logits(decoder, fields)[fields["modality"] == 0].square().sum().backward()
-    for name, parameter in decoder.embedding.image.named_parameters():
-        assert parameter.grad.abs().max() > 1e-6, name
-    placeholders = decoder.embedding.tokens.weight.grad[[3, 4, 5]]
-    assert not placeholders.any()  # a placeholder's own embedding is written over
+@pytest.mark.parametrize(
+    "off", [WITHOUT_IMAGE, WITHOUT_AUDIO, WITHOUT_VIDEO, WITHOUT_IMAGE | WITHOUT_AUDIO | WITHOUT_VIDEO]
+)
+@torch.no_grad()
+def test_a_model_without_an_encoder_has_none_of_its_weights_and_runs_on_the_rest(off):
+    decoder = tiny_decoder(**off)
+    names = {"image_patch_pixels": "image", "audio_mels": "audio", "video_patch_pixels": "video"}
+    missing = [names[key] for key in off]
+    assert not [key for key in decoder.state_dict() if key.startswith(tuple(f"media.{name}." for name in missing))]
+    assert [name for name in ("image", "audio", "video") if getattr(decoder.media, name) is None] == sorted(
+        missing, key=["image", "audio", "video"].index
+    )
+    ids = torch.arange(10, 22)[None]
+    fields = text_fields(ids, decoder.config)
+    assert {fields[name].shape[1] for name in missing} == {1}
+    assert all_logits(decoder, fields).isfinite().all()
+    kept = {"image": picture(2, 2, seed=1), "audio": sound(7, seed=2), "video": film(2, 1, 2, seed=3)}
+    media = [segment for name, segment in kept.items() if name not in missing]
+    assert all_logits(decoder, batch_of([[document(text([10]), *media)]], 20)).isfinite().all()
 
 
 @torch.no_grad()
@@ -117,7 +176,7 @@ def test_logits_come_in_the_row_major_order_of_predict_at():
     predict_at = torch.rand(fields["document"].shape, generator=torch.Generator().manual_seed(1)) > 0.6
     output = decoder(**fields, predict_at=predict_at)
     expected = [
-        all_logits(decoder, fields)[row, at] for row in range(2) for at in range(24) if bool(predict_at[row, at])
+        all_logits(decoder, fields)[row, at] for row in range(2) for at in range(30) if bool(predict_at[row, at])
     ]
     torch.testing.assert_close(output.logits, torch.stack(expected), atol=1e-6, rtol=0)
 
@@ -128,12 +187,12 @@ def test_output_holds_hidden_states_and_one_router_a_sparse_layer():
     fields = mixed_batch()
     output = decoder(**fields)
     assert output.logits is None
-    assert output.hidden.shape == (2, 24, 32)
+    assert output.hidden.shape == (2, 30, 32)
     torch.testing.assert_close(decoder.lm_head(output.hidden), all_logits(decoder, fields), atol=1e-6, rtol=0)
     assert len(output.router) == 2
     tokens = int((fields["document"] >= 0).sum())
     for router in output.router:
-        assert router.scores_BTE.shape == (2, 24, 6)
+        assert router.scores_BTE.shape == (2, 30, 6)
         assert int(router.tokens_per_expert_E.sum()) == tokens * 2
 
 
@@ -174,18 +233,21 @@ def test_matrices_start_at_the_initializer_range_and_residual_outputs_smaller():
 
 
 @torch.no_grad()
-def test_pictures_start_as_large_as_text():
-    decoder = Decoder(tiny_config(hidden_size=64))
-    fields = mixed_batch()
-    embedded = decoder.embedding(fields["input_ids"], fields["modality"], fields["position"], fields["image"])
-    is_image = fields["modality"] == 1
-    assert 0.5 < float(embedded[is_image].std() / embedded[~is_image].std()) < 2
+def test_media_start_a_few_times_as_large_as_text():
+    decoder, fields = Decoder(tiny_config(hidden_size=64)), mixed_batch()
+    embedded = decoder.media(
+        decoder.embed_tokens(fields["input_ids"]),
+        *(fields[name] for name in ("modality", "position", "image", "audio", "audio_frames", "video")),
+    )
+    for modality in ENCODERS:
+        is_medium = fields["modality"] == modality
+        assert 2 < float(embedded[is_medium].std() / embedded[fields["modality"] == 0].std()) < 10, modality
 
 
 def test_a_tied_head_is_the_embedding():
     tied, untied = Decoder(tiny_config(tie_word_embeddings=True)), Decoder(tiny_config())
-    assert tied.lm_head.weight is tied.embedding.tokens.weight
-    assert untied.lm_head.weight is not untied.embedding.tokens.weight
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.embed_tokens.weight
 
 
 def test_first_k_dense_replace_says_which_layers_are_dense():
@@ -212,6 +274,13 @@ def test_the_default_configuration_passes_its_own_check():
         ({"first_k_dense_replace": 3}, ["model.first_k_dense_replace=3", "model.num_hidden_layers=2", "0"]),
         ({"first_k_dense_replace": -1}, ["model.first_k_dense_replace=-1", "model.num_hidden_layers=2", "0"]),
         ({"dropout": 1.0}, ["model.dropout=1.0", "[0, 1)"]),
+        ({"num_nextn_predict_layers": -1}, ["model.num_nextn_predict_layers=-1", "negative"]),
+        ({"audio_frames_per_token": 1}, ["model.audio_frames_per_token=1", "2, 4, 8"]),
+        ({"audio_frames_per_token": 6}, ["model.audio_frames_per_token=6", "2, 4, 8"]),
+        ({"audio_mels": 0}, ["model.audio_mels=0", "at least 1"]),
+        ({"video_patch_pixels": 0}, ["model.video_patch_pixels=0", "at least 1"]),
+        ({"embedding_conv_tokens": 0}, ["model.embedding_conv_tokens=0", "at least 1"]),
+        ({"attention_log_scale_tokens": 1}, ["model.attention_log_scale_tokens=1", "at least 2"]),
     ],
 )
 def test_sizes_that_cannot_hold_are_refused_with_key_and_figures(changes, said):

@@ -10,7 +10,7 @@ from torch import Tensor
 from omniloom.model.attention import attend, causal_document_mask
 from omniloom.model.config import ModelConfig
 from omniloom.model.mla import LatentAttention
-from omniloom.model.position import rope_table, running_index
+from omniloom.model.position import log_scale, rope_table, running_index
 
 DOCUMENTS = [[0, 0, 0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
 
@@ -30,7 +30,13 @@ def turn(x: Tensor, index: int, theta: float) -> Tensor:
     return turned
 
 
-def literal_attention(module: LatentAttention, config: ModelConfig, hidden: Tensor, document: list[int]) -> Tensor:
+def literal_attention(
+    module: LatentAttention,
+    config: ModelConfig,
+    hidden: Tensor,
+    document: list[int],
+    scale_tokens: int | None = None,
+) -> Tensor:
     """One row, (T, D) → (T, D): a loop over heads, queries and keys."""
     weight = {name: tensor.double() for name, tensor in module.state_dict().items()}
     nope, rope, value, heads = (
@@ -61,7 +67,8 @@ def literal_attention(module: LatentAttention, config: ModelConfig, hidden: Tens
         read = []
         for head in range(heads):
             seen = [s for s in range(t + 1) if document[s] == document[t]]
-            scores = [float(queries[t][head] @ keys[s][head]) / math.sqrt(nope + rope) for s in seen]
+            scale = max(0.3, math.log(index[t] + 1) / math.log(scale_tokens)) if scale_tokens else 1.0
+            scores = [scale * float(queries[t][head] @ keys[s][head]) / math.sqrt(nope + rope) for s in seen]
             peak = max(scores)
             shares = [math.exp(score - peak) for score in scores]
             read.append(sum(share / sum(shares) * values[s][head] for share, s in zip(shares, seen, strict=True)))
@@ -70,17 +77,19 @@ def literal_attention(module: LatentAttention, config: ModelConfig, hidden: Tens
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 10])
-@pytest.mark.parametrize("v_head_dim", [4, 10, 16])  # the key is 6 + 4 wide
-def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_head_dim):
-    config = tiny_config(q_lora_rank=q_lora_rank, v_head_dim=v_head_dim)
+@pytest.mark.parametrize(("v_head_dim", "scale_tokens"), [(4, None), (10, None), (16, None), (10, 3), (4, 64)])
+def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_head_dim, scale_tokens):
+    config = tiny_config(q_lora_rank=q_lora_rank, v_head_dim=v_head_dim)  # the key is 6 + 4 wide
     module = LatentAttention(config)
     enliven(module)
     hidden = torch.randn(2, 11, config.hidden_size, generator=torch.Generator().manual_seed(1))
     document = torch.tensor(DOCUMENTS)
-    table = rope_table(running_index(document), config.qk_rope_head_dim, config.rope_theta)
-    out = module(hidden, table, causal_document_mask(document)).double()
+    index = running_index(document)
+    table = rope_table(index, config.qk_rope_head_dim, config.rope_theta)
+    scale = log_scale(index, scale_tokens) if scale_tokens else None
+    out = module(hidden, table, causal_document_mask(document), scale).double()
     expected = torch.stack(
-        [literal_attention(module, config, hidden[row].double(), DOCUMENTS[row]) for row in range(2)]
+        [literal_attention(module, config, hidden[row].double(), DOCUMENTS[row], scale_tokens) for row in range(2)]
     )
     assert expected.std() > 0.5
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)

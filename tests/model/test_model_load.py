@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny_decoders import all_logits, batch_of, document, picture, text, tiny_decoder
 
 from omniloom.errors import CheckpointError
+from omniloom.modality.sequence import MEDIA_FIELDS
 from omniloom.model import load as load_module
 from omniloom.model.load import load_model, model_folder, save_model
 
@@ -34,7 +35,7 @@ def test_a_saved_model_loads_with_equal_logits(tmp_path, tied):
     assert model.config == decoder.config
     assert model.folder == tmp_path / "model"
     torch.testing.assert_close(all_logits(model.decoder, fields()), all_logits(decoder, fields()), atol=0, rtol=0)
-    assert (model.decoder.lm_head.weight is model.decoder.embedding.tokens.weight) == tied
+    assert (model.decoder.lm_head.weight is model.decoder.embed_tokens.weight) == tied
     assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) != tied  # stored once
     bias = model.decoder.layers[1].mlp.router.bias_E
     assert bias.tolist() == decoder.layers[1].mlp.router.bias_E.tolist()
@@ -48,7 +49,7 @@ def test_a_model_gives_the_logits_of_plain_text(saved):
     assert logits.shape == (2, 7, 61)
     for row in range(2):
         alone = batch_of([[document(text(ids[row].tolist()))]], 9)
-        alone = {name: tensor[:, 1:8] for name, tensor in alone.items() if name != "image"} | {"image": alone["image"]}
+        alone = {name: tensor if name in MEDIA_FIELDS else tensor[:, 1:8] for name, tensor in alone.items()}
         torch.testing.assert_close(logits[row], all_logits(model.decoder, alone)[0], atol=1e-5, rtol=1e-5)
 
 

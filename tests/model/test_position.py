@@ -1,11 +1,11 @@
-"""Rotary positions, running index and the 2-D encoding."""
+"""Rotary positions, running index, the scale of queries and the encodings of places inside a medium."""
 
 import math
 
 import pytest
 import torch
 
-from omniloom.model.position import apply_rope, encoding_2d, rope_table, running_index
+from omniloom.model.position import apply_rope, axial_encoding, log_scale, rope_table, running_index
 
 
 @pytest.mark.parametrize(("width", "theta"), [(2, 10_000.0), (8, 10_000.0), (6, 50.0)])
@@ -56,22 +56,42 @@ def test_the_running_index_starts_again_at_each_document_and_at_padding():
     ]
 
 
-def test_the_2d_encoding_equals_its_formula():
-    row, column = torch.tensor([0, 3, 15]), torch.tensor([2, 0, 7])
-    encoding = encoding_2d(row, column, 16)
+@pytest.mark.parametrize("tokens", [2, 16, 512])
+def test_the_log_scale_equals_its_formula(tokens):
+    index = torch.tensor([[0, 1, 2, 3, 15, 511, 5_000], [6, 0, 7, 1, 100, 31, 2]])
+    scale = log_scale(index, tokens)
+    assert scale.dtype == torch.float32
+    expected = [[max(0.3, math.log(t + 1) / math.log(tokens)) for t in row] for row in index.tolist()]
+    torch.testing.assert_close(scale.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    assert float(log_scale(torch.tensor([[tokens - 1]]), tokens)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("width", [12, 16, 32])
+def test_the_axial_encoding_equals_a_literal_loop(width, axes):
+    place = torch.tensor([[0, 2, 9], [3, 0, 1], [15, 7, 0], [59, 15, 15]], dtype=torch.int32)[:, :axes]
+    encoding = axial_encoding(place, width)
+    count = width // (2 * axes)
+    expected = torch.zeros(4, width, dtype=torch.float64)
+    for n in range(4):
+        for axis in range(axes):
+            for i in range(count):
+                angle = int(place[n, axis]) * 10_000 ** (-i / count)
+                expected[n, 2 * count * axis + i] = math.sin(angle)
+                expected[n, 2 * count * axis + count + i] = math.cos(angle)
     assert encoding.dtype == torch.float32
-    for n in range(3):
-        for i in range(4):
-            frequency = 10_000 ** (-i / 4)
-            r, c = float(row[n]) * frequency, float(column[n]) * frequency
-            expected = [math.sin(r), math.cos(r), math.sin(c), math.cos(c)]
-            assert encoding[n, i::4].tolist() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(encoding.double(), expected, atol=1e-5, rtol=0)
+    assert axial_encoding(place[:0], width).shape == (0, width)
 
 
-def test_the_2d_encoding_tells_every_patch_of_a_picture_apart():
-    row, column = torch.cartesian_prod(torch.arange(16), torch.arange(16)).T
-    encoding = encoding_2d(row, column, 32)
-    distance = torch.cdist(encoding, encoding) + torch.eye(256) * 10
-    assert distance.min() > 0.1
-    at = encoding.view(16, 16, 32)
-    assert (at[2, 5] - at[5, 2]).norm() > 0.5  # row and column do not change places
+@pytest.mark.parametrize("sizes", [(300,), (16, 16), (6, 7, 7)])
+def test_the_axial_encoding_tells_every_place_apart(sizes):
+    place = torch.cartesian_prod(*map(torch.arange, sizes)).view(-1, len(sizes))
+    encoding = axial_encoding(place, 32)
+    distance = torch.cdist(encoding, encoding, compute_mode="donot_use_mm_for_euclid_dist")
+    assert (distance + 10 * torch.eye(len(place))).min() > 0.1
+    at = encoding.view(*sizes, 32)
+    if len(sizes) == 2:
+        assert (at[2, 5] - at[5, 2]).norm() > 0.5  # row and column do not change places
+    if len(sizes) == 3:
+        assert (at[2, 5, 1] - at[5, 2, 1]).norm() > 0.5  # nor do frame and row

@@ -7,14 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omniloom.modality.sequence import IMAGE, Document, Segment, lay_row, weave
+from omniloom.modality.batch import MODEL_INPUTS, stack_rows
+from omniloom.modality.config import Widths
+from omniloom.modality.sequence import AUDIO, IMAGE, VIDEO, Document, Segment, lay_row, weave
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 
 torch.set_num_threads(1)
 
 BOS, EOS, PLACEHOLDERS = 1, 2, (2, 3, 4, 5)
-PATCH_PIXELS = 2
+PATCH_PIXELS, MELS, FRAMES_PER_TOKEN = 2, 5, 4
+WIDTHS = Widths(PATCH_PIXELS**2 * 3, MELS, PATCH_PIXELS**2 * 3)
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -38,6 +41,9 @@ def tiny_config(**changes: Any) -> ModelConfig:
         "moe_intermediate_size": 16,
         "routed_scaling_factor": 1.7,
         "image_patch_pixels": PATCH_PIXELS,
+        "video_patch_pixels": PATCH_PIXELS,
+        "audio_mels": MELS,
+        "audio_frames_per_token": FRAMES_PER_TOKEN,
     }
     return ModelConfig(**sizes | changes)
 
@@ -74,23 +80,34 @@ def text(ids: list[int], is_target: bool = True) -> Segment:
 
 
 def picture(rows: int, columns: int, seed: int) -> Segment:
-    pixels = np.random.default_rng(seed).integers(0, 256, (rows * columns, PATCH_PIXELS**2 * 3), dtype=np.uint8)
-    row, column = np.divmod(np.arange(rows * columns, dtype=np.int32), columns)
-    return Segment(IMAGE, pixels, np.stack([np.zeros_like(row), row, column], axis=1))
+    return _patches(IMAGE, 1, rows, columns, seed)
+
+
+def film(frames: int, rows: int, columns: int, seed: int) -> Segment:
+    return _patches(VIDEO, frames, rows, columns, seed)
+
+
+def _patches(modality: int, frames: int, rows: int, columns: int, seed: int) -> Segment:
+    place = np.indices((frames, rows, columns), np.int32).reshape(3, -1).T
+    pixels = np.random.default_rng(seed).integers(0, 256, (len(place), WIDTHS.image), dtype=np.uint8)
+    return Segment(modality, pixels, place)
+
+
+def sound(frames: int, seed: int) -> Segment:
+    """A clip of random log-mel frames."""
+    content = np.random.default_rng(seed).normal(-4, 3, (frames, MELS)).astype(np.float16)
+    token = np.arange(-(-frames // FRAMES_PER_TOKEN), dtype=np.int32)
+    return Segment(AUDIO, content, np.stack([token, 0 * token, 0 * token], axis=1))
 
 
 def document(*segments: Segment) -> Document:
-    return weave(list(segments), BOS, EOS, PLACEHOLDERS, PATCH_PIXELS**2 * 3)
+    return weave(list(segments), BOS, EOS, PLACEHOLDERS, WIDTHS)
 
 
 def batch_of(rows: list[list[Document]], tokens: int) -> dict[str, Tensor]:
     """The decoder's inputs for packed rows of `tokens`."""
-    laid = [lay_row([(piece, 0) for piece in row], tokens, EOS, PATCH_PIXELS**2 * 3) for row in rows]
-    fields = {
-        name: torch.from_numpy(np.stack([getattr(row, name) for row in laid]))
-        for name in ("input_ids", "modality", "position", "document")
-    }
-    return fields | {"image": torch.from_numpy(np.concatenate([row.image for row in laid]))}
+    fields = stack_rows([lay_row([(piece, 0) for piece in row], tokens, EOS, WIDTHS) for row in rows])
+    return {name: fields[name] for name in MODEL_INPUTS}
 
 
 def all_logits(decoder: Decoder, fields: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from omniloom.objective.next_token import next_token_nll, shifted_targets
@@ -43,22 +44,36 @@ def test_the_last_column_predicts_nothing_and_nothing_wraps_round_to_another_row
     assert targets.tolist() == [6, 7, 9, 10]
 
 
-def test_rows_equal_a_loop_over_positions():
+@pytest.mark.parametrize("ahead", [1, 2, 3, 29, 30, 40])
+def test_rows_equal_a_loop_over_positions(ahead):
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 99, (4, 30), generator=generator)
-    document = (torch.rand(4, 30, generator=generator) < 0.2).cumsum(1)
-    document[:, 25:] = -1
-    loss_mask = torch.randint(0, 2, (4, 30), generator=generator)
-    predict_at, targets = shifted_targets(ids, document, loss_mask)
+    ids = torch.randint(0, 99, (5, 30), generator=generator)
+    document = (torch.rand(5, 30, generator=generator) < 0.15).cumsum(1)
+    document[:3, 25:] = -1
+    document[4] = 0
+    loss_mask = torch.randint(0, 2, (5, 30), generator=generator)
+    loss_mask[:, 29] = 1
+    predict_at, targets = shifted_targets(ids, document, loss_mask, ahead)
     expected = [
-        (row, t, int(ids[row, t + 1]))
-        for row in range(4)
-        for t in range(29)
-        if document[row, t + 1] == document[row, t] and document[row, t + 1] >= 0 and loss_mask[row, t + 1]
+        (row, t, int(ids[row, t + ahead]))
+        for row in range(5)
+        for t in range(30 - ahead)
+        if document[row, t + ahead] == document[row, t] and document[row, t + ahead] >= 0 and loss_mask[row, t + ahead]
     ]
-    assert len(expected) > 20
+    assert len(expected) >= {1: 20, 2: 20, 3: 20, 29: 1}.get(ahead, 0)
+    assert predict_at.shape == ids.shape
     assert predict_at.nonzero().tolist() == [[row, t] for row, t, _ in expected]
     assert targets.tolist() == [target for *_, target in expected]
+
+
+def test_two_ahead_by_hand():
+    #                       document 0      | 1       | padding
+    ids = torch.tensor([[1, 10, 11, 12, 2, 1, 20, 2, 9, 9]], dtype=torch.int32)
+    document = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, -1, -1]], dtype=torch.int32)
+    loss_mask = torch.tensor([[0, 1, 0, 1, 1, 0, 1, 1, 0, 0]], dtype=torch.uint8)
+    predict_at, targets = shifted_targets(ids, document, loss_mask, ahead=2)
+    assert predict_at.int().tolist() == [[0, 1, 1, 0, 0, 1, 0, 0, 0, 0]]
+    assert targets.tolist() == [12, 2, 2]
 
 
 def test_a_row_of_one_token_has_no_target():

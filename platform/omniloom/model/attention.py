@@ -3,8 +3,11 @@
 B batch, T tokens, H heads, d head width.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+QUERY_BLOCK = 128
 
 
 def causal_document_mask(document_BT: Tensor) -> Tensor:
@@ -17,16 +20,24 @@ def causal_document_mask(document_BT: Tensor) -> Tensor:
 
 
 def attend(query_BTHd: Tensor, key_BTHd: Tensor, value_BTHd: Tensor, visible_B1TT: Tensor, scale: float) -> Tensor:
-    """softmax(scale · QKᵀ + M) V over the visible keys, (B, T, H, d_v), by torch's own kernel."""
+    """softmax(scale · QKᵀ + M) V over the visible keys, (B, T, H, d_v), by torch's own kernel.
+
+    Causal: no key after its query is visible. The kernel works through whatever it is given, hidden or not, so each
+    block of queries is given the keys up to its end only.
+    """
     # The kernel leaves its fast path when the value width differs from the key width: pad, attend, cut.
     key_width, value_width = key_BTHd.shape[-1], value_BTHd.shape[-1]
     if value_width < key_width:
         value_BTHd = F.pad(value_BTHd, (0, key_width - value_width))
-    attended_BHTd = F.scaled_dot_product_attention(
-        query_BTHd.transpose(1, 2),
-        key_BTHd.transpose(1, 2),
-        value_BTHd.transpose(1, 2),
-        attn_mask=visible_B1TT,
-        scale=scale,
-    )
-    return attended_BHTd.transpose(1, 2)[..., :value_width]
+    query_BHTd, key_BHTd, value_BHTd = (x.transpose(1, 2) for x in (query_BTHd, key_BTHd, value_BTHd))
+    blocks = [
+        F.scaled_dot_product_attention(
+            query_BHTd[:, :, start : start + QUERY_BLOCK],
+            key_BHTd[:, :, : start + QUERY_BLOCK],
+            value_BHTd[:, :, : start + QUERY_BLOCK],
+            attn_mask=visible_B1TT[:, :, start : start + QUERY_BLOCK, : start + QUERY_BLOCK],
+            scale=scale,
+        )
+        for start in range(0, query_BHTd.shape[2], QUERY_BLOCK)
+    ]
+    return torch.cat(blocks, dim=2).transpose(1, 2)[..., :value_width]

@@ -28,7 +28,7 @@ class Model(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of plain text ids (B, T), each row one document."""
-        fields = text_fields(input_ids, self.config.image_patch_values)
+        fields = text_fields(input_ids, self.config)
         output = self.decoder(**fields, predict_at=torch.ones_like(input_ids, dtype=torch.bool))
         return output.logits.unflatten(0, input_ids.shape)
 

@@ -42,7 +42,10 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=False)
 
-    def forward(self, hidden_BTD: Tensor, rope_table: Tensor, visible_B1TT: Tensor) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, rope_table: Tensor, visible_B1TT: Tensor, query_scale_BT: Tensor | None = None
+    ) -> Tensor:
+        """`query_scale_BT` multiplies each position's queries (`position.log_scale`)."""
         query = self.q_proj(hidden_BTD).unflatten(-1, (self.heads, self.nope + self.rope))
         query_nope, query_rope = query.split([self.nope, self.rope], dim=-1)  # q_C, q_R
 
@@ -53,8 +56,11 @@ class LatentAttention(nn.Module):
 
         query_rope = apply_rope(query_rope, rope_table)
         key_rope = apply_rope(key_rope[:, :, None, :], rope_table).expand(-1, -1, self.heads, -1)  # k_R
+        query = torch.cat([query_nope, query_rope], dim=-1)
+        if query_scale_BT is not None:
+            query = query * query_scale_BT[..., None, None].to(query.dtype)
         attended = attend(
-            torch.cat([query_nope, query_rope], dim=-1),
+            query,
             torch.cat([key_nope, key_rope], dim=-1),
             value,
             visible_B1TT,

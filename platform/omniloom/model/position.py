@@ -1,10 +1,13 @@
-"""Where a token stands: running index in its document, RoPE, and the 2-D encoding of a picture's patches.
+"""Where a token stands: running index in its document, RoPE, and the encodings of places inside a picture, clip, video.
 
-B batch, T tokens, H heads, R rotary width, N patches, D model width.
+B batch, T tokens, H heads, R rotary width, N media tokens, A axes, D model width.
 """
+
+import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def running_index(document_BT: Tensor) -> Tensor:
@@ -29,9 +32,22 @@ def apply_rope(x_BTHR: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table).flatten(-2).to(x_BTHR.dtype)
 
 
-def encoding_2d(row_N: Tensor, column_N: Tensor, width: int) -> Tensor:
-    """Sine and cosine of row and of column, a quarter of the width each, float32 (N, D); Vaswani 2017 in two axes."""
-    quarter = width // 4
-    frequency = 10_000.0 ** (-torch.arange(quarter, device=row_N.device, dtype=torch.float32) / quarter)
-    row, column = row_N[:, None].float() * frequency, column_N[:, None].float() * frequency
-    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=-1)
+def log_scale(index_BT: Tensor, tokens: int) -> Tensor:
+    """max(0.3, ln(t + 1) / ln tokens), float32 (B, T): queries grow with what they look over, so that none blurs.
+
+    Source: Chiang and Cholak 2022, section 5.3; the floor keeps the first tokens' attention from being flat.
+    """
+    return ((index_BT + 1).float().log() / math.log(tokens)).clamp(min=0.3)
+
+
+def axial_encoding(place_NA: Tensor, width: int) -> Tensor:
+    """Sine and cosine of each axis, an equal part of the width each, float32 (N, D); Vaswani 2017 in A axes.
+
+    One axis is time, two are row and column, three are time, row and column. What does not divide stays zero.
+    """
+    axes = place_NA.shape[1]
+    count = width // (2 * axes)
+    frequency = 10_000.0 ** (-torch.arange(count, device=place_NA.device, dtype=torch.float32) / count)
+    angle_NAC = place_NA[..., None].float() * frequency
+    encoding_ND = torch.cat([angle_NAC.sin(), angle_NAC.cos()], dim=-1).flatten(1)
+    return F.pad(encoding_ND, (0, width - encoding_ND.shape[1]))

@@ -8,16 +8,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def shifted_targets(input_ids_BT: Tensor, document_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Position t predicts token t + 1 where that token is a target and stands in the same document.
+def shifted_targets(
+    input_ids_BT: Tensor, document_BT: Tensor, loss_mask_BT: Tensor, ahead: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Position t predicts token t + ahead where that token is a target and stands in the same document.
 
     Returns `predict_at` bool (B, T) and the targets' ids int64 (M,) in the same row-major order.
     """
     predict_at_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-    same_document = document_BT[:, 1:] == document_BT[:, :-1]
-    is_token = document_BT[:, 1:] >= 0
-    predict_at_BT[:, :-1] = same_document & is_token & (loss_mask_BT[:, 1:] > 0)
-    target_at_BT = predict_at_BT.roll(1, dims=1)  # the last column never predicts, so nothing wraps round
+    same_document = document_BT[:, ahead:] == document_BT[:, :-ahead]
+    is_token = document_BT[:, ahead:] >= 0
+    predict_at_BT[:, :-ahead] = same_document & is_token & (loss_mask_BT[:, ahead:] > 0)
+    target_at_BT = predict_at_BT.roll(ahead, dims=1)  # the last columns never predict, so nothing wraps round
     return predict_at_BT, input_ids_BT[target_at_BT].long()
 
 
