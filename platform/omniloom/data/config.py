@@ -1,6 +1,7 @@
 """What a manifest may say, and how the stream is cut. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from omniloom.errors import ConfigError
@@ -55,6 +56,14 @@ class CorpusConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """From a sample on, sources weigh otherwise; a source that is not named keeps its weight."""
+
+    from_sample: int
+    weights: dict[str, float]
+
+
+@dataclass
 class DataConfig:
     """How documents become rows and batches."""
 
@@ -63,13 +72,23 @@ class DataConfig:
     weights: dict[str, float] = field(default_factory=dict)  # replaces the manifest's, by source
     loss_weights: dict[str, float] = field(default_factory=dict)  # replaces the manifest's, by source
 
+    phases: list[PhaseConfig] = field(default_factory=list)  # in order
+
     def check(self) -> None:
         """Raise ConfigError where a size or a weight cannot hold."""
         if self.seq_len < 2:
             raise ConfigError(f"a row needs a token and its successor: data.seq_len={self.seq_len} must be at least 2")
         if self.loader_workers < 0:
             raise ConfigError(f"data.loader_workers={self.loader_workers} must not be negative")
-        for key in ("weights", "loss_weights"):
-            for name, weight in getattr(self, key).items():
+        starts = [0, *(phase.from_sample for phase in self.phases)]
+        for before, after in pairwise(starts):
+            if after <= before:
+                raise ConfigError(
+                    f"phases begin one after the other: data.phases from_sample={after} must be over {before}"
+                )
+        mappings = [("weights", self.weights), ("loss_weights", self.loss_weights)]
+        mappings += [(f"phases from_sample={phase.from_sample}", phase.weights) for phase in self.phases]
+        for key, mapping in mappings:
+            for name, weight in mapping.items():
                 if not 0 <= weight < float("inf"):
                     raise ConfigError(f"data.{key}.{name}={weight} must be a number of at least 0")

@@ -59,7 +59,9 @@ def build_corpus(config: CorpusConfig) -> Corpus:
     records = list(_write_shards(units, corpus, config.modality))
     _refuse_too_many_rejects(records, config.max_reject_share)
     vocab_size = load_tokenizer(corpus / "tokenizer.json").vocab_size
-    counts = ray.get(ray.remote(count_targets).options(num_cpus=1).remote(corpus, records, vocab_size))
+    counts = ray.get(
+        ray.remote(count_targets).options(num_cpus=1).remote(corpus, records, config.modality.widths, vocab_size)
+    )
     index = Index(
         tokenizer_sha256=file_sha256(corpus / "tokenizer.json"),
         vocab_size=vocab_size,
@@ -117,9 +119,9 @@ def _texts(units: list[Unit]) -> Iterator[str]:
         for file in unit.files:
             for document in read_documents(Path(file), unit.format):
                 for segment in document.segments:
-                    if segment.text is not None:
-                        yield segment.text
-                        left -= len(segment.text)
+                    if isinstance(segment.content, str):
+                        yield segment.content
+                        left -= len(segment.content)
                 if left <= 0:
                     return
 
@@ -170,7 +172,7 @@ def describe(corpus: Corpus) -> str:
         for source in corpus.index.sources:
             mine = [record for record in records if record.source == source.name]
             if mine:
-                tokens, media = sum(r.tokens for r in mine), sum(r.media_tokens for r in mine)
+                tokens, media = sum(r.tokens for r in mine), sum(sum(r.media_tokens.values()) for r in mine)
                 documents, skipped = sum(r.documents for r in mine), sum(len(r.rejects) for r in mine)
                 lines.append(
                     f"  {split:8} {source.name:12} {documents:>8,} documents {tokens:>12,} tokens "

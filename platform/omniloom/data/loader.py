@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from omniloom.data.pack import Piece
 from omniloom.data.shards import CorpusSplit
+from omniloom.modality.batch import MODEL_INPUTS, stack_rows
 from omniloom.modality.sequence import Row, lay_row
 
 DIGEST_BYTES = 16
@@ -35,7 +36,7 @@ class Rows(Dataset[Row]):
             )
             for piece in self._plan[index]
         ]
-        return lay_row(pieces, self._seq_len, self._split.tokenizer.eos_id, self._split.patch_values)
+        return lay_row(pieces, self._seq_len, self._split.tokenizer.eos_id, self._split.widths)
 
 
 def row_digest(row: Row) -> bytes:
@@ -53,14 +54,10 @@ def batch_hash(digests: list[bytes]) -> str:
 
 
 class Batch:
-    """One micro batch: the contract's fields stacked to (B, T), pictures joined in order of appearance."""
+    """One micro batch: the contract's fields stacked to (B, T), media joined in order of appearance."""
 
     def __init__(self, rows: list[Row]) -> None:
-        self.fields: dict[str, Tensor] = {
-            name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-            for name in ("input_ids", "modality", "position", "document", "source", "loss_mask")
-        }
-        self.fields["image"] = torch.from_numpy(np.concatenate([row.image for row in rows]))
+        self.fields = stack_rows(rows)
         self.digests = [row_digest(row) for row in rows]
 
     def to(self, device: torch.device) -> "Batch":
@@ -70,7 +67,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Tensor]:
         """What the decoder's forward pass takes."""
-        return {name: self.fields[name] for name in ("input_ids", "modality", "position", "document", "image")}
+        return {name: self.fields[name] for name in MODEL_INPUTS}
 
 
 def rank_samples(step: int, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int) -> list[list[int]]:

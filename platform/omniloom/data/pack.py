@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from omniloom.data.mixture import document_order
+from omniloom.data.mixture import DocumentOrder
 from omniloom.data.shards import CorpusSplit
 from omniloom.errors import DataError
 
@@ -34,15 +34,15 @@ class _OpenRow:
     pieces: list[Piece] = field(default_factory=list)
 
 
-def cut(document: int, tokens: int, media_tokens: int, seq_len: int) -> list[Piece]:
+def cut(document: int, tokens: int, has_media: bool, seq_len: int) -> list[Piece]:
     """A document as pieces that fit a row.
 
     One longer than a row is cut into windows that overlap by one token, so that each of its tokens is a target once.
-    A picture is never cut: a long document with media gives no piece.
+    Media are never cut: a long document with media gives no piece.
     """
     if tokens <= seq_len:
         return [Piece(document, 0, tokens)]
-    if media_tokens:
+    if has_media:
         return []
     step = seq_len - 1
     return [Piece(document, start, min(start + seq_len, tokens)) for start in range(0, tokens - 1, step)]
@@ -74,24 +74,32 @@ def pack(pieces: Iterable[Piece], seq_len: int) -> Iterator[list[Piece]]:
         yield row.pieces
 
 
-def training_rows(split: CorpusSplit, weights: np.ndarray, seed: int, seq_len: int, rows: int) -> list[list[Piece]]:
-    """The first `rows` rows of the endless training stream: a function of (corpus, weights, seed, seq_len).
+def training_rows(
+    split: CorpusSplit, phases: list[tuple[int, np.ndarray]], seed: int, seq_len: int, rows: int
+) -> list[list[Piece]]:
+    """The first `rows` rows of the endless training stream: a function of (corpus, phases, seed, seq_len).
 
-    Prefix-stable too: block b of SHUFFLED_ROWS is permuted by (seed, b), whatever comes after it.
+    A phase (first row, weights) begins at exactly that row with what is packed from then on; pieces that lay in open
+    rows come with it. Prefix-stable: blocks of SHUFFLED_ROWS, counted from the phase's first row, are permuted by
+    (seed, their first row), whatever comes after them.
     """
     usable = _usable(split, seq_len)
-    order = document_order(split.tokens[usable], split.source[usable], weights, seed)
+    order = DocumentOrder(split.tokens[usable], split.source[usable], phases[0][1], seed)
     pieces = (
         piece
         for number in order
-        for piece in cut(usable[number], split.tokens[usable[number]], split.media_tokens[usable[number]], seq_len)
+        for piece in cut(usable[number], split.tokens[usable[number]], bool(split.has_media[usable[number]]), seq_len)
     )
-    blocks = -(-rows // SHUFFLED_ROWS)
-    packed = list(islice(pack(pieces, seq_len), blocks * SHUFFLED_ROWS))
-    order_in_blocks = [
-        b * SHUFFLED_ROWS + np.random.default_rng([seed, b]).permutation(SHUFFLED_ROWS) for b in range(blocks)
-    ]
-    return [packed[i] for i in np.concatenate(order_in_blocks)[:rows]]
+    packed = pack(pieces, seq_len)
+    given: list[list[Piece]] = []
+    # The last phase never ends: its last block is whole, and cut afterwards.
+    ends = [first for first, _ in phases[1:]] + [rows + SHUFFLED_ROWS]
+    for (first, weights), end in zip(phases, ends, strict=True):
+        order.weigh(weights)
+        for start in range(first, min(end, rows), SHUFFLED_ROWS):
+            block = list(islice(packed, min(SHUFFLED_ROWS, end - start)))
+            given += [block[i] for i in np.random.default_rng([seed, start]).permutation(len(block))]
+    return given[:rows]
 
 
 def heldout_rows(split: CorpusSplit, seq_len: int, rows: int) -> list[list[Piece]]:
@@ -103,7 +111,7 @@ def heldout_rows(split: CorpusSplit, seq_len: int, rows: int) -> list[list[Piece
     for source in sources:
         left = budget
         for document in usable[split.source[usable] == source]:
-            for piece in cut(int(document), split.tokens[document], split.media_tokens[document], seq_len):
+            for piece in cut(int(document), split.tokens[document], split.has_media[document], seq_len):
                 if left > 0:
                     chosen.append(piece)
                     left -= piece.tokens
@@ -111,7 +119,7 @@ def heldout_rows(split: CorpusSplit, seq_len: int, rows: int) -> list[list[Piece
 
 
 def _usable(split: CorpusSplit, seq_len: int) -> np.ndarray:
-    fits = (split.tokens <= seq_len) | (split.media_tokens == 0)
+    fits = (split.tokens <= seq_len) | ~split.has_media
     if not fits.any():
         raise DataError(
             f"no document fits a row of data.seq_len={seq_len}: the shortest with media has {split.tokens.min()} tokens"
@@ -123,4 +131,4 @@ def _usable(split: CorpusSplit, seq_len: int) -> np.ndarray:
 
 def count_unusable(split: CorpusSplit, seq_len: int) -> int:
     """Documents with media that are longer than a row and so never trained on."""
-    return int(((split.tokens > seq_len) & (split.media_tokens > 0)).sum())
+    return int(((split.tokens > seq_len) & split.has_media).sum())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 from omniloom.data.config import Split
 from omniloom.data.source import RawDocument, Unit, read_documents
 from omniloom.errors import DataError
-from omniloom.modality.config import ModalityConfig
-from omniloom.modality.image import read_image_file
-from omniloom.modality.sequence import TEXT, Document, Segment, weave
+from omniloom.modality.config import ModalityConfig, Widths
+from omniloom.modality.media import read_media_file
+from omniloom.modality.sequence import MODALITIES, TEXT, Document, Segment, weave
 from omniloom.modality.text import TextTokenizer, load_tokenizer
 
 SCHEMA = pa.schema(
@@ -32,8 +33,12 @@ SCHEMA = pa.schema(
         ("position", pa.large_binary()),
         ("loss_mask", pa.binary()),
         ("image", pa.large_binary()),
+        ("audio", pa.large_binary()),
+        ("audio_frames", pa.binary()),
+        ("video", pa.large_binary()),
     ]
 )
+BLOBS = SCHEMA.names[2:]  # arrays as their bytes
 DOCUMENTS_PER_BATCH = 256
 
 
@@ -57,7 +62,7 @@ class ShardRecord:
     bytes: int
     documents: int
     tokens: int
-    media_tokens: int
+    media_tokens: dict[str, int]  # by modality
     rejects: list[Reject]
 
 
@@ -94,7 +99,8 @@ def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig
     files = [_file_state(Path(file)) for file in unit.files]
     if unit.format != "text":
         raws = (raw for file in unit.files for raw in read_documents(Path(file), unit.format))
-        files += [_file_state(part.image) for raw in raws for part in raw.segments if part.image is not None]
+        contents = (part.content for raw in raws for part in raw.segments)
+        files += [_file_state(content) for content in contents if isinstance(content, Path)]
     return hashlib.sha256(json.dumps([asdict(unit), files, tokenizer_sha256, asdict(modality)]).encode()).hexdigest()
 
 
@@ -126,12 +132,12 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig) -> ShardReco
     record_path.unlink(missing_ok=True)
     path = record_path.with_suffix(".arrow")
     rejects: list[Reject] = []
-    documents = tokens = media_tokens = 0
+    documents = 0
+    tokens = np.zeros(len(MODALITIES), np.int64)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for batch in _batches(_woven(unit, tokenizer, modality, rejects)):
             documents += len(batch)
-            tokens += sum(len(document) for _, document in batch)
-            media_tokens += sum(len(document.image) for _, document in batch)
+            tokens += sum(np.bincount(document.modality, minlength=len(MODALITIES)) for _, document in batch)
             writer.write_batch(_to_arrow(batch))
     record = ShardRecord(
         file=path.name,
@@ -141,8 +147,8 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig) -> ShardReco
         sha256=file_sha256(path),
         bytes=path.stat().st_size,
         documents=documents,
-        tokens=tokens,
-        media_tokens=media_tokens,
+        tokens=int(tokens.sum()),
+        media_tokens=dict(zip(MODALITIES[1:], tokens[1:].tolist(), strict=True)),
         rejects=rejects,
     )
     record_path.write_bytes(TypeAdapter(ShardRecord).dump_json(record, indent=1))
@@ -166,11 +172,11 @@ def weave_document(raw: RawDocument, tokenizer: TextTokenizer, modality: Modalit
         raise DataError(raw.problem)
     segments: list[Segment] = []
     for part in raw.segments:
-        if part.image is not None:
-            segments.append(read_image_file(part.image, modality.image))
+        if isinstance(part.content, Path):
+            segments.append(read_media_file(part.kind, part.content, modality))
         else:
-            segments.append(tokenizer.segment(part.text or "", part.is_target))
-    return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.image.patch_values)
+            segments.append(tokenizer.segment(part.content, part.is_target))
+    return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.widths)
 
 
 def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
@@ -191,10 +197,7 @@ def _to_arrow(batch: list[tuple[str, Document]]) -> pa.RecordBatch:
     columns = [
         pa.array([name for name, _ in batch], pa.string()),
         pa.array([document.input_ids for _, document in batch], SCHEMA.field("input_ids").type),
-        pa.array(blobs("modality"), pa.binary()),
-        pa.array(blobs("position"), pa.large_binary()),
-        pa.array(blobs("loss_mask"), pa.binary()),
-        pa.array(blobs("image"), pa.large_binary()),
+        *(pa.array(blobs(field), SCHEMA.field(field).type) for field in BLOBS),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -202,20 +205,19 @@ def _to_arrow(batch: list[tuple[str, Document]]) -> pa.RecordBatch:
 class Shard:
     """One Arrow file, opened by memory map: a document is read without touching the others."""
 
-    def __init__(self, path: Path, patch_values: int) -> None:
-        self._patch_values = patch_values
+    def __init__(self, path: Path, widths: Widths) -> None:
+        self._widths = widths
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
     def lengths(self) -> np.ndarray:
-        """Tokens and media tokens of each document, int64 (documents, 2); only offsets are read."""
+        """Tokens and bytes of media of each document, int64 (documents, 2); only offsets are read."""
         columns = []
         for batch in self._batches:
-            text = np.diff(batch.column("input_ids").offsets.to_numpy())
-            image = batch.column("image").buffers()[1]
-            media = np.diff(np.frombuffer(image, np.int64, batch.num_rows + 1, batch.column("image").offset * 8))
-            columns.append(np.stack([text, media // self._patch_values], axis=1))
+            tokens = np.diff(batch.column("input_ids").offsets.to_numpy())
+            media = sum(_sizes(batch.column(field)) for field in ("image", "audio", "video"))
+            columns.append(np.stack([tokens, media], axis=1))
         return np.concatenate(columns) if columns else np.zeros((0, 2), np.int64)
 
     def document(self, index: int) -> Document:
@@ -231,8 +233,16 @@ class Shard:
             modality=blob("modality", np.uint8),
             position=blob("position", np.int32).reshape(-1, 3),
             loss_mask=blob("loss_mask", np.uint8),
-            image=blob("image", np.uint8).reshape(-1, self._patch_values),
+            image=blob("image", np.uint8).reshape(-1, self._widths.image),
+            audio=blob("audio", np.float16).reshape(-1, self._widths.audio),
+            audio_frames=blob("audio_frames", np.int32),
+            video=blob("video", np.uint8).reshape(-1, self._widths.video),
         )
+
+
+def _sizes(column: Any) -> np.ndarray:
+    """Bytes of each value of a large_binary column."""
+    return np.diff(np.frombuffer(column.buffers()[1], np.int64, len(column) + 1, column.offset * 8))
 
 
 class Corpus:
@@ -283,14 +293,14 @@ class CorpusSplit:
 
     def __init__(self, corpus: Corpus, split: Split) -> None:
         records = [record for record in corpus.index.shards if record.split == split]
-        patch = corpus.index.modality.image.patch_values
+        widths = corpus.index.modality.widths
         names = [source.name for source in corpus.index.sources]
-        self.tokenizer, self.patch_values = corpus.tokenizer, patch
-        self._shards = [Shard(corpus.folder / "shards" / record.file, patch) for record in records]
+        self.tokenizer, self.widths = corpus.tokenizer, widths
+        self._shards = [Shard(corpus.folder / "shards" / record.file, widths) for record in records]
         lengths = [shard.lengths() for shard in self._shards]
         self._starts = np.cumsum([0, *map(len, lengths)])
         joined = np.concatenate(lengths) if lengths else np.zeros((0, 2), np.int64)
-        self.tokens, self.media_tokens = joined[:, 0], joined[:, 1]
+        self.tokens, self.has_media = joined[:, 0], joined[:, 1] > 0
         self.source = np.repeat([names.index(record.source) for record in records], [len(x) for x in lengths])
 
     def __len__(self) -> int:
@@ -302,13 +312,13 @@ class CorpusSplit:
         return self._shards[shard].document(index - int(self._starts[shard]))
 
 
-def count_targets(corpus: Path, records: list[ShardRecord], vocab_size: int) -> list[int]:
+def count_targets(corpus: Path, records: list[ShardRecord], widths: Widths, vocab_size: int) -> list[int]:
     """How often each id is a target in the training split's text."""
     counts = np.zeros(vocab_size, np.int64)
     for record in records:
         if record.split != "train":
             continue
-        shard = Shard(corpus / "shards" / record.file, 1)
+        shard = Shard(corpus / "shards" / record.file, widths)
         for index in range(record.documents):
             document = shard.document(index)
             is_target = (document.loss_mask > 0) & (document.modality == TEXT)

@@ -15,7 +15,8 @@ from omniloom.data.config import SPLITS, Manifest, SourceSpec, Split
 from omniloom.errors import DataError, did_you_mean
 
 UNIT_BYTES = 1 << 20  # files are gathered into units of about this size; one unit becomes one shard
-SEGMENT_KEYS = ("text", "image", "loss")
+CONTENT_KEYS = ("text", "image", "audio", "video")
+SEGMENT_KEYS = (*CONTENT_KEYS, "loss")
 REASON_CHARACTERS = 200
 MOST_SOURCES = 256  # the `source` field is one byte
 
@@ -33,10 +34,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class RawSegment:
-    """Text, or the path of a picture; `is_target` says whether its text is learned."""
+    """Text, or the path of a media file; `is_target` says whether its text is learned."""
 
-    text: str | None
-    image: Path | None
+    kind: str  # text, image, audio or video
+    content: str | Path
     is_target: bool
 
 
@@ -151,7 +152,7 @@ def _text_document(file: Path) -> RawDocument:
         return RawDocument(str(file), [], f"not UTF-8 at byte {error.start}")
     if not text.strip():
         return RawDocument(str(file), [], "empty")
-    return RawDocument(str(file), [RawSegment(text, None, is_target=True)])
+    return RawDocument(str(file), [RawSegment("text", text, is_target=True)])
 
 
 def _interleaved_document(name: str, line: bytes, folder: Path) -> RawDocument:
@@ -163,7 +164,7 @@ def _interleaved_document(name: str, line: bytes, folder: Path) -> RawDocument:
         return RawDocument(name, [], f"not UTF-8 at byte {error.start}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         said = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
-        return RawDocument(name, [], f'not {{"segments": [{{"text": …}}, {{"image": …}}]}}: {said}')
+        return RawDocument(name, [], f'not {{"segments": [{{"text": …}}, {{"image": …}}, …]}}: {said}')
     return RawDocument(name, segments)
 
 
@@ -173,17 +174,18 @@ def _segment(entry: Any, folder: Path) -> RawSegment:
     unknown = [key for key in entry if key not in SEGMENT_KEYS]
     if unknown:
         raise ValueError(f"unknown key {unknown[0]}; {did_you_mean(unknown[0], SEGMENT_KEYS)}")
-    if ("text" in entry) == ("image" in entry):
-        raise ValueError("a segment is either text or image")
-    is_target = entry.get("loss", "text" in entry)
+    kinds = [key for key in CONTENT_KEYS if key in entry]
+    if len(kinds) != 1:
+        raise ValueError(f"a segment is one of {', '.join(CONTENT_KEYS)}")
+    kind, content = kinds[0], entry[kinds[0]]
+    is_target = entry.get("loss", kind == "text")
     if not isinstance(is_target, bool):
         raise ValueError("loss must be true or false")
-    content = entry.get("text", entry.get("image"))
     if not isinstance(content, str):
-        raise ValueError("text and image must be strings")
+        raise ValueError(f"{kind} must be a string")
     content.encode()  # half of a surrogate pair is no text
-    if "image" in entry:
-        if is_target:
-            raise ValueError("a picture cannot be a target")
-        return RawSegment(None, folder / content, is_target=False)
-    return RawSegment(content, None, is_target)
+    if kind == "text":
+        return RawSegment(kind, content, is_target)
+    if is_target:
+        raise ValueError(f"{kind} cannot be a target")
+    return RawSegment(kind, folder / content, is_target=False)
