@@ -29,6 +29,7 @@ class TrainConfig:
     precision: str = "fp32"  # or bf16
     gradient_clipping: float = 1.0
     balance_loss_weight: float = 1e-4
+    mtp_loss_weight: float = 0.3
     expert_bias_rate: float = 1e-3
     expert_bias_tolerance: float = 0.0
     val_every: int = 100
@@ -42,13 +43,17 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; norms, biases and embeddings are spared the weight decay."""
+    """AdamW; or Muon for the matrices of the layers, with AdamW for everything else. Norms, biases and embeddings are
+    spared the weight decay."""
 
+    kind: str = "adamw"  # or muon
     lr: float = 3e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    muon_lr: float = 2e-2  # follows the same schedule
+    muon_momentum: float = 0.95
 
 
 @dataclass
@@ -131,11 +136,18 @@ class TrainingRun:
                 f"warm-up must end before the run does: schedule.warmup_steps={self.schedule.warmup_steps} is not "
                 f"under train.steps={self.steps}"
             )
+        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, ("adamw", "muon"))
+        if self.optimizer.kind == "muon" and self.parallel.zero_stage in (1, 2) and train.gradient_clipping:
+            raise ConfigError(
+                "at ZeRO 1 and 2 DeepSpeed clips Muon's orthogonal updates instead of the gradients, and nothing is "
+                f"learned: set train.gradient_clipping=0 (it is {train.gradient_clipping}), or parallel.zero_stage=0"
+            )
         for key in ("decay_share", "floor"):
             if not 0 <= getattr(self.schedule, key) <= 1:
                 raise ConfigError(f"schedule.{key}={getattr(self.schedule, key)} must lie between 0 and 1")
-        if not 0 < self.optimizer.lr < math.inf:
-            raise ConfigError(f"optimizer.lr={self.optimizer.lr} must be a number above 0")
+        for key in ("lr", "muon_lr"):
+            if not 0 < getattr(self.optimizer, key) < math.inf:
+                raise ConfigError(f"optimizer.{key}={getattr(self.optimizer, key)} must be a number above 0")
 
     def check_index(self, index: "Index") -> None:
         """Raise ConfigError where the model cannot read the corpus; asked before anything starts."""
@@ -144,12 +156,27 @@ class TrainingRun:
                 f"the corpus has {index.vocab_size:,} ids, the model embeds {self.model.vocab_size:,}: "
                 f"set model.vocab_size={index.vocab_size}"
             )
-        patch_pixels = index.modality.image.patch_pixels
-        if patch_pixels != self.model.image_patch_pixels:
-            raise ConfigError(
-                f"the corpus cuts pictures into patches of {patch_pixels} pixels, the model reads "
-                f"{self.model.image_patch_pixels}: set model.image_patch_pixels={patch_pixels}"
-            )
+        media = index.modality
+        sizes = [  # medium, the model's key, the corpus's value
+            ("image", "image_patch_pixels", media.image.patch_pixels),
+            ("video", "video_patch_pixels", media.video.patch_pixels),
+            ("audio", "audio_mels", media.audio.mels),
+        ]
+        if self.model.audio_mels is not None:
+            sizes.append(("audio", "audio_frames_per_token", media.audio.frames_per_token))
+        for medium, key, corpus_has in sizes:
+            tokens = sum(shard.media_tokens[medium] for shard in index.shards)
+            model_reads = getattr(self.model, key)
+            if tokens and model_reads is None:
+                raise ConfigError(
+                    f"the corpus holds {tokens:,} tokens of {medium} and the model has no encoder for it: "
+                    f"set model.{key}={corpus_has}"
+                )
+            if model_reads is not None and model_reads != corpus_has:
+                raise ConfigError(
+                    f"{medium}: the corpus was cut with {key}={corpus_has}, the model reads {model_reads}: "
+                    f"set model.{key}={corpus_has}"
+                )
 
     def batch_terms(self, ranks: int) -> str:
         """The three terms and what follows from them, for the first lines of a run."""

@@ -37,8 +37,11 @@ class Engine:
     """A DeepSpeed engine with what the training step needs of it."""
 
     def __init__(self, module: nn.Module, run: TrainingRun) -> None:
-        # Shared-memory collectives would be compiled at start on CPU, for most of a minute.
-        __compatible_ops__["deepspeed_shm_comm"] = False
+        if not torch.accelerator.is_available():
+            # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the
+            # few matrix products of a Muon step.
+            __compatible_ops__["deepspeed_shm_comm"] = False
+            torch.compiler.set_stance("force_eager")
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._engine, *_ = deepspeed.initialize(
@@ -46,6 +49,8 @@ class Engine:
             model_parameters=parameter_groups(module, run.optimizer),
             config=deepspeed_config(run, self.ranks),
         )
+        # Muon's groups have a rate of their own.
+        self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.zero_stage = run.parallel.zero_stage
         self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
         self.device: torch.device = self._engine.device
@@ -53,7 +58,7 @@ class Engine:
         # The gradients' norm is ours to take where DeepSpeed keeps none (stage 0 in fp32).
         self._clip_here = self.zero_stage == 0 and run.train.precision == "fp32"
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Tensor | list[Tensor]) -> Any:
         """Run the model."""
         return self._engine(**inputs)
 
@@ -67,10 +72,10 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro batch
 
-    def step(self, lr: float) -> float:
-        """Take the optimizer step at rate `lr` after the last micro batch; returns the global gradient norm."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, rate_share: float) -> float:
+        """Take the optimizer step at this share of the peak rates; returns the global gradient norm."""
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * rate_share
         norm = None
         if self._clip_here:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -47,12 +47,12 @@ def train(run: TrainingRun) -> None:
             started = time.monotonic()
             step = state.step + 1
             torch.manual_seed(hash((run.seed, step, engine.rank)))  # dropout: a function of the step, so no state
-            lr = run.optimizer.lr * rate_share(step, run.steps, run.schedule)
-            result = training_step(engine, model, batches, stream.loss_weight_S, run.train, lr)
+            share = rate_share(step, run.steps, run.schedule)
+            result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share)
             state = replace(
                 state, step=step, samples=step * run.train.global_batch_size, tokens=state.tokens + result.tokens
             )
-            line = _line(run, state, result, engine, model, lr) | _times(
+            line = _line(run, state, result, engine, model, run.optimizer.lr * share) | _times(
                 engine, result, time.monotonic() - started + waited_s, waited_s
             )
             line["batch_hash"] = stream.hash_of(batches)
@@ -78,7 +78,13 @@ class _Stream:
         seq_len, train = run.data.seq_len, corpus.split("train")
         self.skipped = count_unusable(train, seq_len)
         rows = run.steps * run.train.global_batch_size
-        self._train = Rows(train, training_rows(train, weights, run.seed, seq_len, rows), seq_len)
+        phases = [(0, weights)]
+        for phase in run.data.phases:
+            weights = source_weights(
+                self._names, weights.tolist(), phase.weights, f"phases.{phase.from_sample}.weights"
+            )
+            phases.append((phase.from_sample, weights))
+        self._train = Rows(train, training_rows(train, phases, run.seed, seq_len, rows), seq_len)
         heldout = corpus.split("heldout")
         plan = heldout_rows(heldout, seq_len, run.train.val_rows) if len(heldout) else []
         # Empty rows fill up the last batch: ranks that run unequal numbers of forwards would wait for ever.
@@ -134,6 +140,8 @@ def _line(
         "tokens": state.tokens,
         "memory_peak_bytes": int(engine.max_over_ranks(_peak_memory_bytes())),
     }
+    if result.mtp is not None:
+        line["loss/mtp"] = result.mtp
     for (index, _), counts_E in zip(sparse_layers(model), result.tokens_per_expert_LE.tolist(), strict=True):
         mean = sum(counts_E) / len(counts_E)
         line[f"router/{index}/load_max_over_mean"] = max(counts_E) / mean if mean else 0.0

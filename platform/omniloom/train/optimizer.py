@@ -18,14 +18,17 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def deepspeed_section(config: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's `optimizer` entry: torch's own AdamW, which needs no compiled extension."""
-    return {
-        "type": "AdamW",
-        "params": {
-            "lr": config.lr,
-            "betas": [config.beta1, config.beta2],
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-            "torch_adam": True,
-        },
+    """DeepSpeed's `optimizer` entry: torch's own AdamW, which needs no compiled extension; Muon with it.
+
+    DeepSpeed gives Muon every parameter of two or more dimensions outside `embedding` and `lm_head`.
+    """
+    params = {
+        "lr": config.lr,
+        "betas": [config.beta1, config.beta2],
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "torch_adam": True,
     }
+    if config.kind == "adamw":
+        return {"type": "AdamW", "params": params}
+    return {"type": "Muon", "params": params | {"muon_lr": config.muon_lr, "momentum": config.muon_momentum}}

@@ -5,6 +5,7 @@ B batch, T tokens, M targets, E experts, L mixture-of-experts layers, S sources.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,50 +24,73 @@ class StepResult:
     """What one step measured, already over the whole global batch."""
 
     next_token: float
+    mtp: float | None  # mean over the multi-token-prediction modules, where there are any
     balance: float
     grad_norm: float
     tokens: int  # positions that hold a token, padding excluded
     tokens_per_expert_LE: Tensor
 
 
-def training_step(
-    engine: Engine, model: Decoder, batches: list[Batch], loss_weight_S: Tensor, config: TrainConfig, lr: float
-) -> StepResult:
-    """loss = Σ w·nll / Σ w + α · mean balance, sums over the whole global batch; then the optimizer, then the bias."""
-    targets = [_targets(batch, loss_weight_S) for batch in batches]
-    totals = torch.stack(
-        [
-            torch.stack([weight.sum() for *_, weight in targets]).sum(),
-            torch.tensor(float(sum(count_documents(batch.fields["document"]) for batch in batches))),
-            torch.tensor(float(sum(int((batch.fields["document"] >= 0).sum()) for batch in batches))),
-        ]
-    )
-    total_weight, total_documents, total_tokens = engine.sum_over_ranks(totals.double()).tolist()
+class Targets(NamedTuple):
+    """What a batch predicts, a number of tokens ahead."""
 
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    predict_at_BT: Tensor
+    ids_M: Tensor
+    weight_M: Tensor
+
+
+def training_step(
+    engine: Engine, model: Decoder, batches: list[Batch], loss_weight_S: Tensor, config: TrainConfig, rate_share: float
+) -> StepResult:
+    """loss = Σ w·nll / Σ w + λ · mean over depths of the same ahead + α · mean balance; then the optimizer, the bias.
+
+    All sums are over the whole global batch.
+    """
+    depths = model.config.num_nextn_predict_layers
+    targets = [[_targets(batch, loss_weight_S, 1 + depth) for depth in range(1 + depths)] for batch in batches]
+    totals = [sum(float(of_batch[depth].weight_M.sum()) for of_batch in targets) for depth in range(1 + depths)]
+    totals.append(float(sum(count_documents(batch.fields["document"]) for batch in batches)))
+    totals.append(float(sum(int((batch.fields["document"] >= 0).sum()) for batch in batches)))
+    held = torch.tensor(totals, dtype=torch.float64, device=engine.device)
+    *total_weights, total_documents, total_tokens = engine.sum_over_ranks(held).tolist()
+
+    sums = torch.zeros(2 + depths, dtype=torch.float64, device=engine.device)
     counts_LE = None
-    for batch, (predict_at, target_ids, weight) in zip(batches, targets, strict=True):
-        output: Output = engine.forward(**batch.model_inputs(), predict_at=predict_at)
+    for batch, (main, *ahead) in zip(batches, targets, strict=True):
+        output: Output = engine.forward(
+            **batch.model_inputs(), predict_at=main.predict_at_BT, predict_ahead_at=[t.predict_at_BT for t in ahead]
+        )
         assert output.logits is not None
-        # A global batch without a target has no loss and a zero gradient, not a division by zero.
-        next_token = (weight * next_token_nll(output.logits, target_ids)).sum() / max(total_weight, 1e-12)
+        next_token, *mtp = (
+            _share(logits, target, total)
+            for logits, target, total in zip((output.logits, *output.mtp), (main, *ahead), total_weights, strict=True)
+        )
         balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / total_documents
-        engine.backward(next_token + config.balance_loss_weight * balance)
-        sums += torch.stack([next_token.detach(), balance.detach()]).double()
+        loss = next_token + config.balance_loss_weight * balance
+        if mtp:
+            loss = loss + config.mtp_loss_weight * torch.stack(mtp).mean()  # Eq. 25
+        engine.backward(loss)
+        sums += torch.stack([next_token, balance, *mtp]).detach().double()
         counts = torch.stack([router.tokens_per_expert_E for router in output.router]) if output.router else None
         counts_LE = counts if counts_LE is None or counts is None else counts_LE + counts
-    grad_norm = engine.step(lr)
+    grad_norm = engine.step(rate_share)
 
-    mean_nll, mean_balance = engine.sum_over_ranks(sums).tolist()
+    mean_nll, mean_balance, *mean_mtp = engine.sum_over_ranks(sums).tolist()
     counts_LE = torch.zeros(0, 0) if counts_LE is None else engine.sum_over_ranks(counts_LE)
     _move_biases(model, counts_LE, config)
-    return StepResult(mean_nll, mean_balance, grad_norm, int(total_tokens), counts_LE)
+    mtp_mean = sum(mean_mtp) / depths if depths else None
+    return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, int(total_tokens), counts_LE)
 
 
-def _targets(batch: Batch, loss_weight_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _targets(batch: Batch, loss_weight_S: Tensor, ahead: int) -> Targets:
     fields = batch.fields
-    predict_at, target_ids = shifted_targets(fields["input_ids"], fields["document"], fields["loss_mask"])
-    return predict_at, target_ids, loss_weight_S[fields["source"][predict_at].long()]
+    predict_at, ids = shifted_targets(fields["input_ids"], fields["document"], fields["loss_mask"], ahead)
+    return Targets(predict_at, ids, loss_weight_S[fields["source"][predict_at].long()])
+
+
+def _share(logits_MV: Tensor, target: Targets, total_weight: float) -> Tensor:
+    """This micro batch's share of Σ w·nll / Σ w; a global batch without a target has no loss, not a division by 0."""
+    return (target.weight_M * next_token_nll(logits_MV, target.ids_M)).sum() / max(total_weight, 1e-12)
 
 
 def _balance(output: Output, document: Tensor, experts_per_token: int) -> Tensor:
@@ -76,8 +100,9 @@ def _balance(output: Output, document: Tensor, experts_per_token: int) -> Tensor
 
 
 def sparse_layers(model: Decoder) -> list[tuple[int, MixtureOfExperts]]:
-    """The mixture-of-experts layers with their index in the decoder."""
-    return [(i, layer.mlp) for i, layer in enumerate(model.layers) if isinstance(layer.mlp, MixtureOfExperts)]
+    """The mixture-of-experts layers with their index in the decoder; the modules of multi-token prediction go on."""
+    layers = [*model.layers, *(module.layer for module in model.mtp)]
+    return [(i, layer.mlp) for i, layer in enumerate(layers) if isinstance(layer.mlp, MixtureOfExperts)]
 
 
 @torch.no_grad()
@@ -96,7 +121,7 @@ def validation_loss(
     sums = torch.zeros(2, len(source_names), dtype=torch.float64, device=engine.device)  # Σ nll and targets
     for (batch,) in batches:
         batch.to(engine.device)
-        predict_at, target_ids, _ = _targets(batch, loss_weight_S)
+        predict_at, target_ids, _ = _targets(batch, loss_weight_S, 1)
         output: Output = engine.forward(**batch.model_inputs(), predict_at=predict_at)
         assert output.logits is not None
         source = batch.fields["source"][predict_at].long()
