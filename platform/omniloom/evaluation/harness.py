@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_eval import simple_evaluate
+from lm_eval.api.metrics import mean, mean_stderr
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from omniloom.errors import ConfigError, DataError, did_you_mean
 from omniloom.evaluation.baseline import UnigramLM
 from omniloom.evaluation.lm import OmniloomLM
+from omniloom.evaluation.media import PLACEHOLDERS, split_prompt
 from omniloom.modality.text import load_tokenizer
 from omniloom.model.load import Model, load_model
 
 Variant = Literal["kept", "removed", "shuffled", "unigram"]
 COUNTS_FILE = "target_counts.json"
+SAMPLES_KEPT = 32  # of each task, spread over its documents
 
 
 @dataclass
@@ -42,25 +45,27 @@ class Scores:
     n: int
     metrics: dict[str, tuple[float, float | None]]
     chance: float | None
+    samples: list[dict[str, Any]] = field(default_factory=list)  # what was asked and answered, of some documents
 
 
 def task_manager(item: Item) -> Any:
     """lm-eval's manager that knows the item's task: ours from `tasks_folder`, else lm-eval's own of that name."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=item.tasks_folder, include_defaults=False, metadata=dict(item.task_args))
+    metadata = {"model": item.model, **item.task_args}
+    manager = TaskManager(include_path=item.tasks_folder, include_defaults=False, metadata=dict(metadata))
     if item.task not in manager.all_tasks:
         ours = list(manager.all_tasks)
-        manager = TaskManager(include_path=item.tasks_folder, metadata=dict(item.task_args))
+        manager = TaskManager(include_path=item.tasks_folder, metadata=dict(metadata))
         if item.task not in manager.all_tasks:
             raise ConfigError(f"unknown task {item.task}; {did_you_mean(item.task, [*manager.all_tasks, *ours])}")
     return manager
 
 
 def variants_of(item: Item) -> list[Variant]:
-    """The variants a task calls for: controls for its pictures, a unigram for plain text."""
+    """The variants a task calls for: controls for its media, a unigram for plain text."""
     manager = task_manager(item)
     tasks = manager.load([item.task])["tasks"].values()  # several where the name is a group
-    if all(task.config.doc_to_image is not None for task in tasks):
+    if all(task.config.doc_to_image is not None or task.config.doc_to_audio is not None for task in tasks):
         return ["kept", "removed", "shuffled"]
     has_counts = (Path(item.model) / COUNTS_FILE).is_file()
     is_text = all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks)
@@ -86,7 +91,15 @@ def _evaluate(item: Item, model: Model) -> Scores:
     if answer is None or item.task not in answer["results"]:
         raise DataError(f"lm-eval gave no result for task {item.task}")
     samples = [sample for group in answer["samples"].values() for sample in group]
-    return Scores(item.task, item.variant, len(samples), _metrics(answer["results"][item.task]), _chance(samples))
+    every = max(1, len(samples) // SAMPLES_KEPT)
+    return Scores(
+        item.task,
+        item.variant,
+        len(samples),
+        _metrics(answer["results"][item.task]) | _cells(samples),
+        _chance(samples),
+        [_sample(sample) for sample in samples[::every]],
+    )
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
@@ -98,6 +111,42 @@ def _metrics(result: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
             error = result.get(f"{name}_stderr,{filter_name}")
             found[name] = (float(value), float(error) if isinstance(error, int | float) else None)
     return found
+
+
+def _cells(samples: list[dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """Recall by length and depth, as `acc/<length>/<depth>`, where documents have both."""
+    cells: dict[str, list[float]] = {}
+    for sample in samples:
+        if {"length", "depth"} <= sample["doc"].keys():
+            name = f"acc/{sample['doc']['length']}/{sample['doc']['depth']:g}"
+            cells.setdefault(name, []).append(float(sample["acc"]))
+    # One alone has no spread.
+    return {name: (mean(hits), mean_stderr(hits) if len(hits) > 1 else None) for name, hits in cells.items()}
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """One document as the report shows it: prompt, choices, right answer, given answer."""
+    context, *_ = first = sample["arguments"][0]
+    held = first[2] if len(first) > 2 else {}
+    media = {name: iter(held.get(name, [])) for name in ("visual", "audio")}
+    prompt: list[dict[str, str]] = []
+    for part in split_prompt(context):
+        if part in PLACEHOLDERS:
+            kind, argument = PLACEHOLDERS[part]
+            prompt.append({kind: str(next(media[argument], ""))})
+        elif part:
+            prompt.append({"text": part})
+    answers = [arguments[1].strip() for arguments in sample["arguments"]] if len(first) > 1 else []
+    scored = [response for response in sample["filtered_resps"] if isinstance(response, list | tuple)]
+    shown = {"doc_id": sample["doc_id"], "prompt": prompt, "choices": [], "answer": None, "given": None, "right": None}
+    if len(answers) > 1 and len(scored) == len(answers) and isinstance(sample["target"], int):
+        given = max(range(len(scored)), key=lambda i: scored[i][0])
+        shown |= {"choices": answers, "answer": answers[sample["target"]], "given": answers[given]}
+        shown["right"] = given == sample["target"]
+    elif len(answers) == 1 and scored:
+        right = bool(scored[0][1])
+        shown |= {"answer": answers[0], "given": answers[0] if right else None, "right": right}
+    return shown | {key: sample["doc"][key] for key in ("length", "depth") if key in sample["doc"]}
 
 
 def _chance(samples: list[dict[str, Any]]) -> float | None:

@@ -1,49 +1,44 @@
-"""Our decoder as an lm-eval model: log-likelihoods of texts and of continuations after text and pictures."""
+"""Our decoder as an lm-eval model: log-likelihoods of texts and of continuations after text and media."""
 
-import io
-import random
+import hashlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from omniloom.errors import ConfigError, DataError
+from omniloom.evaluation.media import PLACEHOLDERS, Control, PromptMedia, split_prompt
+from omniloom.modality.batch import MODEL_INPUTS, stack_rows
 from omniloom.modality.config import ModalityConfig
-from omniloom.modality.image import read_image
 from omniloom.modality.sequence import Document, Row, Segment, lay_row, weave
 from omniloom.modality.text import load_tokenizer
 from omniloom.model.load import Model
-
-Medium = Literal["kept", "removed", "shuffled"]
-PLACEHOLDER = "<image>"  # where a task's text shows a picture, as lm-eval writes it
-SHUFFLE_SEED = 0
 
 
 class OmniloomLM(TemplateLM):
     """lm-eval's view of a model.
 
-    `medium` is the control: `removed` leaves every picture out, `shuffled` gives each document another's pictures.
+    `control`: `removed` leaves every medium out of the prompts, `shuffled` gives each document another's.
     """
 
     MULTIMODAL = True
 
-    def __init__(self, model: Model, batch_tokens: int, medium: Medium = "kept") -> None:
+    def __init__(self, model: Model, batch_tokens: int, control: Control = "kept") -> None:
         super().__init__()
         self._decoder = model.decoder
         self._device = next(model.parameters()).device
         self._text = load_tokenizer(model.folder / "tokenizer.json")
         self._modality = TypeAdapter(ModalityConfig).validate_json((model.folder / "modality.json").read_bytes())
         self._context_tokens = model.config.max_position_embeddings
-        self._batch_tokens, self._medium = batch_tokens, medium
+        self._batch_tokens, self._control = batch_tokens, control
+        self._media = PromptMedia(self._modality, control)
 
     @property
     def eot_token_id(self) -> int:
@@ -57,28 +52,29 @@ class OmniloomLM(TemplateLM):
         return self._text.encode(string).tolist()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """log P(continuation | context) and whether greedy decoding would give it; the context may hold pictures."""
-        pictures = self._pictures(requests)
-        pairs = []
-        for request, mine in zip(requests, pictures, strict=True):
+        """log P(continuation | context) and whether greedy decoding would give it; the context may hold media."""
+        documents = []
+        for request, media in zip(requests, self._media.of(requests), strict=True):
             context, continuation = request.args[:2]
-            *before, last = context.split(PLACEHOLDER)
-            if len(mine) != len(before):
-                raise DataError(
-                    f"task {request.task_name}: a prompt has {len(before)} {PLACEHOLDER} and {len(mine)} pictures"
-                )
+            *shown, last = split_prompt(context)
             head: list[Segment] = []
-            for text, picture in zip(before, mine, strict=True):
+            for text, placeholder, medium in zip(shown[::2], shown[1::2], media, strict=True):
+                self._refuse_without_encoder(placeholder, request)
                 head += [self._text.segment(text, is_target=False)] if text else []
-                head += [picture] if picture is not None else []
+                head += [medium] if medium is not None else []
             ids, target = self._encode_pair(last, continuation) if last else ([], self.tok_encode(continuation))
             if not target:
                 raise DataError(
                     f"task {request.task_name}: the answer {continuation!r} adds no token to its question, so nothing "
                     "can be scored"
                 )
-            pairs.append(self._document(head, ids, target))
-        return self._score(pairs, "score", disable_tqdm)
+            documents.append(self._document(head, ids, target))
+        return self._score(documents, "score", disable_tqdm)
+
+    def _refuse_without_encoder(self, placeholder: str, request: Instance) -> None:
+        kind, _ = PLACEHOLDERS[placeholder]
+        if getattr(self._decoder.media, kind) is None:
+            raise DataError(f"task {request.task_name} shows {kind} and the model has no encoder for it")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -112,40 +108,6 @@ class OmniloomLM(TemplateLM):
             "score given answers"
         )
 
-    def _pictures(self, requests: list[Instance]) -> list[list[Segment | None]]:
-        """Each request's pictures under the control; None for one that is left out."""
-        visuals = [request.args[2]["visual"] if len(request.args) > 2 else [] for request in requests]
-        if self._medium == "removed":
-            return [[None] * len(mine) for mine in visuals]
-        if self._medium == "shuffled":
-            visuals = self._shuffled(requests, visuals)
-        decoded: dict[int, Segment] = {}
-        return [[self._decode(visual, decoded) for visual in mine] for mine in visuals]
-
-    def _shuffled(self, requests: list[Instance], visuals: list[list[Any]]) -> list[list[Any]]:
-        """Every document gets the pictures of another, the same for all its requests."""
-        of_document = {(r.task_name, r.doc_id): mine for r, mine in zip(requests, visuals, strict=True)}
-        follower: dict[tuple[str, int], tuple[str, int]] = {}
-        for task in sorted({name for name, _ in of_document}):
-            documents = sorted(key for key in of_document if key[0] == task)
-            if len(documents) == 1:
-                raise DataError(f"task {task} has one document: its pictures cannot be shuffled with another's")
-            drawn = random.Random(SHUFFLE_SEED).sample(documents, len(documents))
-            follower |= dict(zip(drawn, drawn[1:] + drawn[:1], strict=True))  # one cycle: nobody keeps its own
-        return [of_document[follower[r.task_name, r.doc_id]] for r in requests]
-
-    def _decode(self, visual: Any, decoded: dict[int, Segment]) -> Segment:
-        key = id(visual)
-        if key not in decoded:
-            if isinstance(visual, Image.Image):
-                stream = io.BytesIO()
-                visual.save(stream, format="PNG")
-                data = stream.getvalue()
-            else:
-                data = Path(visual).read_bytes()
-            decoded[key] = read_image(data, self._modality.image)
-        return decoded[key]
-
     def _document(self, head: list[Segment], context: list[int], target: list[int]) -> Document:
         """bos, head, context, target; eos is cut off again, nothing asks for it."""
         segments = [*head, self._ids(context, False), self._ids(target, True)]
@@ -154,7 +116,7 @@ class OmniloomLM(TemplateLM):
             self._text.bos_id,
             self._text.eos_id,
             self._text.placeholder_ids,
-            self._modality.image.patch_values,
+            self._modality.widths,
         )
         tokens = len(woven) - 1
         if tokens > self._context_tokens:
@@ -172,15 +134,20 @@ class OmniloomLM(TemplateLM):
     def _score(self, documents: list[Document], what: str, quiet: bool) -> list[tuple[float, bool]]:
         """Sum of the targets' log-probabilities of each document, and whether each target is the likeliest id."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(documents)
-        with tqdm(total=len(documents), desc=f"{what} ({self._medium})", disable=quiet) as bar:
-            for batch in self._by_length(documents):
-                longest = max(len(documents[i]) for i in batch)
+        groups = _same_but_for_the_last(documents)
+        with tqdm(total=len(groups), desc=f"{what} ({self._control})", disable=quiet) as bar:
+            for batch in self._by_length([documents[group[0]] for group in groups]):
+                members = [groups[number] for number in batch]
+                longest = max(len(documents[group[0]]) for group in members)
                 rows = [
-                    lay_row([(documents[i], 0)], longest, self._text.eos_id, self._modality.image.patch_values)
-                    for i in batch
+                    lay_row([(documents[group[0]], 0)], longest, self._text.eos_id, self._modality.widths)
+                    for group in members
                 ]
-                for i, scored in zip(batch, self._forward(rows), strict=True):
-                    results[i] = scored
+                for group, logits in zip(members, self._logits(rows), strict=True):
+                    for i in group:
+                        targets = torch.from_numpy(documents[i].input_ids[documents[i].loss_mask > 0]).long()
+                        value = -F.cross_entropy(logits, targets, reduction="sum")
+                        results[i] = float(value), bool((logits.argmax(-1) == targets).all())
                 bar.update(len(batch))
         return results
 
@@ -197,20 +164,21 @@ class OmniloomLM(TemplateLM):
             yield batch
 
     @torch.no_grad()
-    def _forward(self, rows: list[Row]) -> list[tuple[float, bool]]:
-        fields = {name: self._stack(rows, name) for name in ("input_ids", "modality", "position", "document")}
-        image = torch.cat([torch.from_numpy(row.image) for row in rows]).to(self._device)
-        is_target = self._stack(rows, "loss_mask") > 0
+    def _logits(self, rows: list[Row]) -> tuple[Tensor, ...]:
+        """Each row's logits where a target is predicted, float32 (targets, V) on the CPU."""
+        fields = {name: field.to(self._device) for name, field in stack_rows(rows).items()}
+        is_target = fields["loss_mask"] > 0
         predict_at = is_target.roll(-1, dims=1)  # bos stands first and is no target: nothing wraps round
-        logits = self._decoder(**fields, image=image, predict_at=predict_at).logits.float()
-        targets = fields["input_ids"][is_target].long()
-        logprob = -F.cross_entropy(logits, targets, reduction="none")
-        greedy = logits.argmax(-1) == targets
-        counts = is_target.sum(dim=1).tolist()
-        return [
-            (float(values.sum()), bool(hits.all()))
-            for values, hits in zip(logprob.split(counts), greedy.split(counts), strict=True)
-        ]
+        output = self._decoder(**{name: fields[name] for name in MODEL_INPUTS}, predict_at=predict_at)
+        return output.logits.float().cpu().split(is_target.sum(dim=1).tolist())
 
-    def _stack(self, rows: list[Row], name: str) -> Tensor:
-        return torch.stack([torch.from_numpy(getattr(row, name)) for row in rows]).to(self._device)
+
+def _same_but_for_the_last(documents: list[Document]) -> list[list[int]]:
+    """Indices in groups that one forward pass scores: documents with one target, the last token, alike up to it."""
+    groups: dict[Any, list[int]] = {}
+    for number, document in enumerate(documents):
+        alone = document.loss_mask[-1] > 0 and document.loss_mask.sum() == 1
+        content = (document.input_ids[:-1], document.image, document.audio, document.audio_frames, document.video)
+        key = hashlib.sha256(b"".join(array.tobytes() for array in content)).digest() if alone else number
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
