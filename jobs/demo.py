@@ -9,7 +9,6 @@ from omniloom.cluster.config import ClusterConfig
 from omniloom.cluster.session import ray_session
 from omniloom.track.verdict import read_evaluations, verdict
 
-CORPUS = "corpora/demo"
 HELP = """\
 omniloom demo: from sample files to a trained, evaluated, tracked model on this machine
 
@@ -29,21 +28,10 @@ def main(overrides: list[str]) -> None:
     debug = [word for word in overrides if word == "--debug"]
     shared = [*(word for word in overrides if word.startswith("runs_dir=")), *debug]
     passed = [word for word in overrides if not word.startswith(("run=", "runs_dir=", "--debug"))]
-    heldout = f"{CORPUS}/files"
     parts = [
         ("tokenize", ["data=demo", *debug]),
         ("train", ["experiment=demo", f"run={run}", *passed, *shared]),
-        (
-            "evaluate",
-            [
-                f"init={run}",
-                "tasks=[perplexity,omniloom_pictures]",
-                f"task_args.perplexity.files=[{heldout}/topics/heldout/*.txt]",
-                f"task_args.omniloom_pictures.files=[{heldout}/digits/questions.jsonl]",
-                "batch_tokens=2048",
-                *shared,
-            ],
-        ),
+        ("evaluate", [f"init={run}", "suite=demo", *shared]),
     ]
     minutes = []
     with ray_session(ClusterConfig(workers=2)):  # one cluster for all parts
@@ -57,7 +45,7 @@ def main(overrides: list[str]) -> None:
     for sentence in verdict(read_evaluations(folder)):
         print(f"  {sentence}")
     print(f"minutes: {', '.join(minutes)}")
-    print(f"look at: {folder}/metrics.jsonl, {folder}/evals, {folder}/checkpoints; wandb: {folder}/wandb (offline)")
+    print(f"look at: {folder}/report.html; {folder}/metrics.jsonl, evals, checkpoints; wandb (offline): {folder}/wandb")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ def main(settings: TrainSettings) -> None:
         from omniloom.data.corpus import build_corpus, describe
         from omniloom.data.shards import Corpus
         from omniloom.track.progress import follow
+        from omniloom.track.report import reported
         from omniloom.track.run_directory import open_run, running
 
         folder = Path(settings.corpus or "")
@@ -29,7 +30,7 @@ def main(settings: TrainSettings) -> None:
         print(settings.batch_terms(settings.cluster.workers))
         from omniloom.train.loop import train
 
-        with running(settings.folder), follow(settings.folder, settings.steps):
+        with reported(settings.folder), running(settings.folder), follow(settings.folder, settings.steps):
             run_on_ranks(train, settings, settings.cluster)
         print(f"run {settings.run} is finished: {settings.folder}")
 

@@ -1,6 +1,7 @@
 """A trained model to scores: `omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[a.txt]`."""
 
 import json
+import sys
 from dataclasses import replace
 
 from omniloom.cluster.session import ray_session
@@ -28,7 +29,11 @@ def main(settings: EvaluateSettings) -> None:
         scores = list(run_each(evaluate_item, items))
     results = gather(scores, place.step_of(model))
     if place.run_folder is not None:
-        record_evaluations(place.run_folder, results)
+        from omniloom.track.report import write_report
+
+        samples = {score.task: score.samples for score in scores if score.variant == "kept"}
+        record_evaluations(place.run_folder, results, samples)
+        print(f"report: {write_report(place.run_folder)}", file=sys.stderr)
     print(json.dumps(results) if settings.json else table(list(results.values())))
 
 

@@ -20,6 +20,7 @@ usage: omniloom VERB [key=value …]
   tokenize   files to shards
   train      shards to a trained model
   evaluate   a trained model to scores, through lm-eval
+  report     a run's page: its curves, scores and samples in one file
 
 examples:
   omniloom demo
@@ -27,9 +28,22 @@ examples:
   omniloom train corpus=corpora/mine run=first model=tiny train.steps=500 cluster.workers=2
   omniloom train experiment=smoke run=smoke
   omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[held-out.txt]
+  omniloom report first
 
 `omniloom VERB --help` lists a verb's keys and groups; --cfg job prints its resolved configuration; --debug adds
 tracebacks to errors. A run lives in runs/<run>/; repeating a command resumes it.
+"""
+REPORT_HELP = """\
+omniloom report: write a run's page, runs/<run>/report.html, and print its path
+
+usage: omniloom report RUN [runs_dir=runs]
+
+  RUN        the name of a run in runs_dir, at any state, or the path of a run's folder
+
+examples:
+  omniloom report first
+  omniloom report first runs_dir=/shared/runs
+  omniloom report /shared/runs/first
 """
 
 
@@ -39,6 +53,24 @@ def run_verb(verb: str, overrides: list[str]) -> None:
 
     sys.argv = [f"omniloom {verb}", *overrides]
     runpy.run_path(str(resource_folder("jobs") / JOBS[verb]), run_name="__main__")
+
+
+def report(words: list[str]) -> None:
+    """Write the page of the run that `words` name; raises ConfigError where they name none."""
+    if "--help" in words or "-h" in words:
+        print(REPORT_HELP, end="")
+        return
+    runs_dir = next((word.removeprefix("runs_dir=") for word in words if word.startswith("runs_dir=")), "runs")
+    runs = [word for word in words if not word.startswith("runs_dir=") and word != "--debug"]
+    if len(runs) != 1:
+        raise ConfigError(f"name one run: omniloom report RUN [runs_dir=runs]; here are {', '.join(runs) or 'none'}")
+    from omniloom.track.report import find_run, write_report
+
+    folder = find_run(runs[0], runs_dir)
+    try:
+        print(write_report(folder))
+    except OSError as error:
+        raise ConfigError(f"the page of {folder} cannot be written: {error}") from error
 
 
 def main() -> None:
@@ -53,9 +85,14 @@ def main() -> None:
         return
     verb = sys.argv[1]
     try:
+        if verb == "report":
+            report(sys.argv[2:])
+            return
         if verb not in JOBS:
-            raise ConfigError(f"unknown verb {verb}; {did_you_mean(verb, JOBS)}")
+            raise ConfigError(f"unknown verb {verb}; {did_you_mean(verb, [*JOBS, 'report'])}")
         run_verb(verb, sys.argv[2:])
     except ConfigError as error:
+        if "--debug" in sys.argv:
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,7 +31,7 @@ def test_the_table_has_a_line_a_metric_with_error_chance_and_controls():
 def test_accuracy_two_errors_above_chance_counts_as_learned():
     (sentence,) = verdict([accuracy(0.15, stderr=0.02, removed=0.1, shuffled=0.125)])
     assert sentence == (
-        "omniloom_pictures: 15.0% ± 2.0% right (above chance 10.0%; with the pictures removed 10.0% and shuffled 12.5%)"
+        "omniloom_pictures: 15.0% ± 2.0% right (above chance 10.0%; with its media removed 10.0% and shuffled 12.5%)"
     )
 
 
@@ -65,3 +65,22 @@ def test_the_newest_evaluated_step_is_read(tmp_path):
         for task in tasks:
             (folder / f"{task}.json").write_text(json.dumps({"task": task, "step": step}))
     assert read_evaluations(tmp_path) == [{"task": "b", "step": 100}, {"task": "c", "step": 100}]
+
+
+def test_a_grid_is_told_by_its_worst_cell_and_printed_as_rows_of_length() -> None:
+    cells = {(64, 0.0): 1.0, (64, 0.5): 0.95, (512, 0.0): 0.8, (512, 0.5): 0.9}
+    metrics = {
+        f"acc/{length}/{depth:g}": {"value": value, "stderr": 0.05, "chance": None, "control": {}}
+        for (length, depth), value in cells.items()
+    }
+    whole = {"value": 0.9125, "stderr": 0.01, "chance": None, "control": {}}
+    result = {"task": "needle", "step": 1, "n": 80, "metrics": {"acc": whole, **metrics}}
+    assert verdict([result]) == [
+        "needle: 91.2% of the facts recalled; the worst of 4 cells is 80% at 512 tokens, depth 0%"
+    ]
+    lines = table([result]).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["tokens", "at", "depth", "0%", "50%"],
+        ["64", "100%", "95%"],
+        ["512", "80%", "90%"],
+    ]

@@ -46,11 +46,15 @@ def write_event(folder: Path, kind: str, **facts: Any) -> None:
     jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": kind, **facts})
 
 
-def record_evaluations(folder: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write each task's result under evals/step_…/ of a run, and bring the run's W&B record up to date."""
+def record_evaluations(
+    folder: Path, results: dict[str, dict[str, Any]], samples: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Write each task's result and samples under evals/step_…/ of a run, and bring its W&B record up to date."""
     for task, result in results.items():
         path = folder / "evals" / f"step_{result['step']:08d}" / f"{task}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1))
+        lines = (json.dumps(sample) + "\n" for sample in samples.get(task, []))
+        path.with_suffix(".samples.jsonl").write_text("".join(lines), encoding="utf-8")
     settings = read_config(folder)
     WandbTracker(folder, read_record(folder), TrackConfig(**settings["track"]), settings).close(exit_code=0)

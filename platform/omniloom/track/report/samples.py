@@ -1,0 +1,181 @@
+"""Evaluation samples as cards: the prompt with its media inside the page, the right answer, the model's answer."""
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omniloom.track.report.text import middle_cut, size, split_middle
+
+CARDS_PER_TASK = 6
+LIMIT_BYTES = 4 * 2**20  # one media file inside the page
+PAGE_LIMIT_BYTES = 40 * 2**20  # all of them
+HEAD_CHARACTERS, TAIL_CHARACTERS = 420, 260  # of a long text
+ANSWER_CHARACTERS = 200
+# Only these: an unknown type is named, and no other file of the machine gets into a page.
+MIME = {
+    "image": {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "gif": "gif"},
+    "audio": {"wav": "wav", "flac": "flac", "mp3": "mpeg", "ogg": "ogg"},
+    "video": {"mp4": "mp4", "webm": "webm", "mkv": "x-matroska"},
+}
+
+
+@dataclass
+class Part:
+    """One piece of a prompt: text, or a medium inside the page, or why it is not there."""
+
+    kind: str  # text, image, audio, video
+    text: str = ""  # or a text's beginning
+    left_out: int = 0  # characters of its middle
+    tail: str = ""
+    uri: str = ""
+    name: str = ""  # the media file's
+    problem: str = ""
+
+
+@dataclass
+class Choice:
+    """One possible answer."""
+
+    text: str
+    is_answer: bool
+    is_given: bool
+
+
+@dataclass
+class Card:
+    """One sample."""
+
+    doc_id: str
+    mark: Literal["right", "wrong", "unknown"]
+    parts: list[Part]
+    choices: list[Choice]
+    answer: str | None
+    given: str | None
+    facts: list[str]
+
+
+@dataclass
+class TaskSamples:
+    """What is shown of one task's samples."""
+
+    task: str
+    cards: list[Card]
+    total: int
+    right: int
+
+
+@dataclass
+class Budget:
+    """How many bytes of media may still go into the page."""
+
+    left_bytes: int = PAGE_LIMIT_BYTES
+
+
+def read_samples(task: str, path: Path, budget: Budget) -> TaskSamples | None:
+    """A few samples of one task, right and wrong ones, spread over the file; None where there are none."""
+    places: dict[Any, list[int]] = {True: [], False: [], None: []}  # where each sample begins: the file may be large
+    offset = 0
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        for line in stream:
+            sample = _sample(line)
+            if sample is not None:
+                right = sample.get("right")
+                places[right if isinstance(right, bool) else None].append(offset)
+            offset += len(line)
+        total = sum(map(len, places.values()))
+        if not total:
+            return None
+        cards = []
+        for place in sorted(_chosen(places)):
+            stream.seek(place)
+            cards.append(_card(_sample(stream.readline()) or {}, path.parent, budget))
+    return TaskSamples(task, cards, total, len(places[True]))
+
+
+def _sample(line: bytes) -> dict[str, Any] | None:
+    try:
+        sample = json.loads(line)  # fails for a line torn off
+    except ValueError:
+        return None
+    return sample if isinstance(sample, dict) else None
+
+
+def _chosen(places: dict[Any, list[int]]) -> list[int]:
+    """Half right, half wrong where there are enough of both, then whatever else there is."""
+    wrong, right, unknown = places[False], places[True], places[None]
+    half = CARDS_PER_TASK // 2
+    wrong_count = min(len(wrong), max(half, CARDS_PER_TASK - len(right)))
+    right_count = min(len(right), CARDS_PER_TASK - wrong_count)
+    unknown_count = CARDS_PER_TASK - wrong_count - right_count
+    return [*_spread(wrong, wrong_count), *_spread(right, right_count), *_spread(unknown, unknown_count)]
+
+
+def _spread(places: list[int], wanted: int) -> list[int]:
+    wanted = min(wanted, len(places))
+    return [places[i * len(places) // wanted] for i in range(wanted)]
+
+
+def _card(sample: dict[str, Any], folder: Path, budget: Budget) -> Card:
+    answer, given, right = _text(sample.get("answer")), _text(sample.get("given")), sample.get("right")
+    prompt = sample.get("prompt")
+    pieces = prompt if isinstance(prompt, list) else [{"text": prompt}]
+    choices = sample.get("choices")
+    facts = []
+    if isinstance(sample.get("length"), int | float):
+        facts.append(f"{sample['length']:,} tokens")
+    if isinstance(sample.get("depth"), int | float):
+        facts.append(f"depth {sample['depth']:.0%}")
+    return Card(
+        doc_id=str(sample.get("doc_id", "")),
+        mark="unknown" if not isinstance(right, bool) else "right" if right else "wrong",
+        parts=[_part(piece, folder, budget) for piece in pieces],
+        choices=[
+            Choice(middle_cut(str(choice), ANSWER_CHARACTERS), str(choice) == answer, str(choice) == given)
+            for choice in (choices if isinstance(choices, list) else [])
+        ],
+        answer=None if answer is None else middle_cut(answer, ANSWER_CHARACTERS),
+        given=None if given is None else middle_cut(given, ANSWER_CHARACTERS),
+        facts=facts,
+    )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _part(piece: Any, folder: Path, budget: Budget) -> Part:
+    if isinstance(piece, dict):
+        for kind in MIME:
+            if isinstance(piece.get(kind), str):
+                return _medium(kind, folder / piece[kind], budget)
+        piece = piece.get("text", piece)
+    head, left_out, tail = split_middle(str(piece), HEAD_CHARACTERS, TAIL_CHARACTERS)
+    return Part("text", head, left_out, tail)
+
+
+def _medium(kind: str, path: Path, budget: Budget) -> Part:
+    part = Part(kind, name=path.name)
+    subtype = MIME[kind].get(path.suffix.lower().lstrip("."))
+    if subtype is None:
+        part.problem = f"not shown: {path.suffix or 'no ending'} is none of {', '.join(MIME[kind])}"
+        return part
+    try:
+        length = path.stat().st_size if path.is_file() else None
+        if length is None:
+            part.problem = f"no such file any more: {path}"
+        elif length > LIMIT_BYTES:
+            part.problem = f"not shown: {size(length)}, the limit of a file in this page is {size(LIMIT_BYTES)}"
+        elif length > budget.left_bytes:
+            part.problem = f"not shown: the page already holds its limit of {size(PAGE_LIMIT_BYTES)} of media"
+        else:
+            with path.open("rb") as stream:
+                content = stream.read(length)  # no more, should it be growing
+            budget.left_bytes -= len(content)
+            part.uri = f"data:{kind}/{subtype};base64,{base64.b64encode(content).decode()}"
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        part.problem = f"cannot be read: {error}"
+    return part
