@@ -38,6 +38,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_files(workspace: Path) -> Path:
+    """The demo's sample files, voices, videos and all, written once: where its tokenize job looks for them."""
+    from omniloom.data.samples import write_samples
+
+    return write_samples("demo", workspace / "corpora" / "demo" / "files").parent
+
+
+@pytest.fixture(scope="session")
 def smoke_run(ray_cluster: None, workspace: Path) -> Path:
     """A finished run of experiment=smoke on one rank."""
     return train_smoke(workspace, "smoke")

@@ -44,6 +44,23 @@ def omniloom(*words: str, folder: Path, **environment: str) -> subprocess.Comple
         (["tokenize", "corpus=c"], "exactly one of manifest=None and samples=None"),
         (["tokenize", "corpus=c", "samples=demp"], "unknown samples=demp; did you mean 'demo'?"),
         (["tokenize", "corpus=c", "manifest=nothing.yaml"], "no manifest at nothing.yaml"),
+        (
+            ["train", "train.steps=200", "optimizer.kind=muon"],
+            "set train.gradient_clipping=0 (it is 1.0), or parallel.zero_stage=0",
+        ),
+        (["train", "train.steps=200", "optimizer.kind=moun"], "optimizer.kind=moun is none of adamw, muon"),
+        (
+            ["train", "train.steps=200", "data.phases=[{from_sample:9,weights:{}},{from_sample:3,weights:{}}]"],
+            "phases begin one after the other: data.phases from_sample=3 must be over 9",
+        ),
+        (["train", "train.steps=200", "data.phases=[{from:9,weights:{}}]"], "data.phases"),
+        (
+            ["train", "train.steps=200", "data.phases=[{from_sample:9,weights:{a:-1}}]"],
+            "must be a number of at least 0",
+        ),
+        (["tokenize", "corpus=c", "samples=demo", "modality.video.size_pixels=30"], "modality.video.size_pixels=30"),
+        (["tokenize", "corpus=c", "samples=demo", "modality.audio.frames_per_token=3"], "must be 2, 4, 8"),
+        (["evaluate", "suite=dmeo"], "unknown suite=dmeo; did you mean 'demo'?"),
         (["evaluate"], "no model to evaluate: set init="),
         (["evaluate", "init=nowhere"], "init=nowhere is neither a run in runs nor a folder"),
         (["evaluate", "init=a", "tasks=[perplexity]", "task_args.perplexty.files=b"], "did you mean 'perplexity'?"),
@@ -113,6 +130,35 @@ def test_a_bad_corpus_leaves_nothing_that_a_repeat_trips_over(tmp_path: Path) ->
     assert (tmp_path / "corpus" / "index.json").is_file()
 
 
+def test_bad_media_within_the_limit_are_named_and_over_it_fail_the_job(tmp_path: Path) -> None:
+    """A silent clip, a missing video: 2 of 4 documents; the limit is the user's."""
+    import numpy as np
+
+    from omniloom.data.samples.files import write_mp4, write_wav
+
+    write_wav(tmp_path / "silent.wav", np.zeros(3_200), 16_000)
+    write_mp4(tmp_path / "film.mp4", np.zeros((4, 16, 16, 3), np.uint8), 4)
+    media = [{"audio": "silent.wav"}, {"video": "film.mp4"}, {"video": "nowhere.mp4"}, {"text": "plain"}]
+    lines = (json.dumps({"segments": [medium, {"text": " seven"}]}) + "\n" for medium in media)
+    (tmp_path / "documents.jsonl").write_text("".join(lines))
+    (tmp_path / "manifest.yaml").write_text("sources: {a: {format: interleaved, train: [documents.jsonl]}}")
+    words = ("tokenize", "manifest=manifest.yaml", "corpus=corpus", "tokenizer.vocab_size=300")
+    sizes = ("modality.video.size_pixels=16", "modality.video.patch_pixels=8")
+    failed = omniloom(*words, *sizes, "max_reject_share=0.49", folder=tmp_path)
+    assert failed.returncode == 1
+    assert "2 of 4 documents cannot be used, 50.00%, over max_reject_share=49.00%" in failed.stderr
+    assert "documents.jsonl:1: silent clip" in failed.stderr
+    assert "documents.jsonl:3: cannot read" in failed.stderr
+    assert not (tmp_path / "corpus" / "index.json").exists()
+    passed = omniloom(*words, *sizes, "max_reject_share=0.5", folder=tmp_path)
+    assert passed.returncode == 0, passed.stderr
+    assert "2 skipped" in passed.stdout
+    assert "documents.jsonl:1: silent clip" in passed.stdout
+    deaf = omniloom("train", "corpus=corpus", "train.steps=200", "model.video_patch_pixels=null", folder=tmp_path)
+    assert deaf.returncode == 1
+    assert "tokens of video and the model has no encoder for it: set model.video_patch_pixels=8" in deaf.stderr
+
+
 def test_a_run_as_a_user_has_it_leaves_the_home_alone_and_keeps_secrets(tmp_path: Path) -> None:
     """Train, repeat, change and evaluate in own processes, with an empty home and a secret in the environment."""
     home, secret = tmp_path / "home", "s3cr3t" * 7
@@ -131,17 +177,19 @@ def test_a_run_as_a_user_has_it_leaves_the_home_alone_and_keeps_secrets(tmp_path
         "evaluate",
         "init=one",
         "--json",
-        "tasks=[perplexity,omniloom_pictures]",
+        "tasks=[perplexity,omniloom_pictures,omniloom_speech]",
         "task_args.perplexity.files=[corpora/smoke/files/words/heldout/*.txt]",
         "task_args.omniloom_pictures.files=corpora/smoke/files/colours/questions.jsonl",
+        "task_args.omniloom_speech.files=corpora/smoke/files/tones/questions.jsonl",
         folder=tmp_path,
         **environment,
     )
     assert scored.returncode == 0, scored.stderr
     results = json.loads(scored.stdout)
     assert results["perplexity"]["metrics"]["bits_per_byte"]["control"].keys() == {"unigram"}
-    assert results["omniloom_pictures"]["metrics"]["acc"]["control"].keys() == {"removed", "shuffled"}
-    assert results["omniloom_pictures"]["metrics"]["acc"]["chance"] == pytest.approx(1 / 3)
+    for task, choices in (("omniloom_pictures", 3), ("omniloom_speech", 2)):
+        assert results[task]["metrics"]["acc"]["control"].keys() == {"removed", "shuffled"}
+        assert results[task]["metrics"]["acc"]["chance"] == pytest.approx(1 / choices)
     assert list(home.iterdir()) == []
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert not [path for path in written if secret[:40].encode() in path.read_bytes()]

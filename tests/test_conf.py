@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from conftest import REPOSITORY
 from omniloom import settings
 from omniloom.cli import run_verb
+from omniloom.data.samples.demo import WEIGHTS
 
 CONF = REPOSITORY / "conf"
 ROOTS = {
@@ -42,9 +43,60 @@ def test_a_root_composes_to_its_dataclass(root: str) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_a_group_option_composes(option: Path) -> None:
-    composed = compose("pretrain", [f"{option.parent}={option.name}"])
-    assert isinstance(composed, settings.TrainSettings)
-    composed.model.check()
+    root = "run_evals" if str(option.parent) == "suite" else "pretrain"
+    composed = compose(root, [f"{option.parent}={option.name}"])
+    assert isinstance(composed, ROOTS[root])
+    if root == "pretrain":
+        composed.model.check()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_is_sound(experiment: str) -> None:
+    """Its rows fit the model, its phases name sources of its own data, its encoders read what the data set cuts."""
+    composed = compose("pretrain", [f"experiment={experiment}"])
+    composed.check()
+    model, media = composed.model, composed.modality
+    assert model.widths == media.widths
+    assert model.audio_frames_per_token == media.audio.frames_per_token
+    assert model.vocab_size >= composed.tokenizer.vocab_size
+    assert (model.num_nextn_predict_layers, model.max_position_embeddings >= composed.data.seq_len) == (1, True)
+    starts = [phase.from_sample for phase in composed.data.phases]
+    assert all(start < composed.steps * composed.train.global_batch_size for start in starts), "a phase never begins"
+
+
+def test_the_demos_weights_and_phases_name_its_own_sources() -> None:
+    """Mistyped, they would be found only once the ranks run."""
+    composed = compose("pretrain", ["experiment=demo"])
+    named = {name for phase in composed.data.phases for name in phase.weights} | composed.data.weights.keys()
+    assert named
+    assert named <= WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("suite", [o.name for o in OPTIONS if str(o.parent) == "suite"])
+def test_a_suite_is_sound_and_gives_every_task_its_files(suite: str) -> None:
+    composed = compose("run_evals", [f"suite={suite}", "init=somewhere"])
+    composed.check()
+    ours = {path.stem for path in (REPOSITORY / "evals").glob("*/*.yaml")}
+    assert set(composed.tasks) <= ours
+    assert len(set(composed.tasks)) == len(composed.tasks)
+    for task in composed.tasks:
+        assert composed.task_args[task]["files"], task
+
+
+def test_the_demos_suite_reads_files_held_out_by_the_demos_samples(demo_files: Path) -> None:
+    """Every file or glob is there, and none of them is a training file of the manifest."""
+    from omniloom.data.source import list_units, read_manifest
+
+    units = list_units(read_manifest(demo_files / "manifest.yaml"), demo_files)
+    trained = {file for unit in units if unit.split == "train" for file in unit.files}
+    composed = compose("run_evals", ["suite=demo"])
+    for task, arguments in composed.task_args.items():
+        patterns = [arguments["files"]] if isinstance(arguments["files"], str) else arguments["files"]
+        for pattern in patterns:
+            assert pattern.startswith("corpora/demo/files/")
+            found = sorted(demo_files.glob(pattern.removeprefix("corpora/demo/files/")))
+            assert found, (task, pattern)
+            assert not trained & {str(path.resolve()) for path in found}, task
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if str(o.parent) == "data"], ids=str)
@@ -64,8 +116,16 @@ def test_a_model_preset_builds_on_the_meta_device(preset: str) -> None:
         assert sum(parameter.numel() for parameter in Decoder(composed.model).parameters()) > 0
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_runs_tiny(experiment: str, ray_cluster: None, workspace: Path) -> None:
+SLOW = [pytest.param(name, marks=pytest.mark.slow) if name == "demo" else name for name in EXPERIMENTS]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("experiment", SLOW)
+def test_an_experiment_runs_tiny(
+    experiment: str, ray_cluster: None, workspace: Path, request: pytest.FixtureRequest
+) -> None:
+    if experiment == "demo":
+        request.getfixturevalue("demo_files")
     places = [f"corpus={workspace}/corpora/{experiment}", f"runs_dir={workspace}/runs"]
     small = ["train.steps=2", "schedule.warmup_steps=1", "train.val_rows=4"]
     run_verb("train", [f"experiment={experiment}", f"run=tiny_{experiment}", *places, *small])
@@ -73,3 +133,5 @@ def test_an_experiment_runs_tiny(experiment: str, ray_cluster: None, workspace: 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    skipped = [event for event in map(json.loads, (folder / "events.jsonl").open()) if "skipped" in event["event"]]
+    assert skipped == [], "documents of the sample data do not fit a row"

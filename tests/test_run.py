@@ -1,8 +1,10 @@
 """What a finished run leaves: the contract's files and keys, the Python interface, the W&B record."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -13,10 +15,13 @@ from omniloom.train.checkpoint import verify
 KEYS = {
     "step",
     "loss/next_token",
+    "loss/mtp",
     "loss/balance",
     "val/loss",
     "val/loss/words",
     "val/loss/colours",
+    "val/loss/tones",
+    "val/loss/fades",
     "lr",
     "grad_norm",
     "tokens",
@@ -30,7 +35,11 @@ KEYS = {
     "router/1/load_max_over_mean",
     "router/1/dead_experts",
     "router/1/tokens_per_expert",
+    "router/2/load_max_over_mean",  # the multi-token-prediction module's
+    "router/2/dead_experts",
+    "router/2/tokens_per_expert",
 }
+SCORED = {"omniloom_pictures": "colours", "omniloom_speech": "tones", "omniloom_video": "fades"}
 
 
 def metrics(run: Path) -> list[dict]:
@@ -42,7 +51,8 @@ def test_the_metrics_have_each_step_once_and_the_contracts_keys(smoke_run: Path)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert lines[-1].keys() == KEYS
     assert lines[-1]["eta_s"] == 0
-    assert lines[-1]["loss/next_token"] < lines[0]["loss/next_token"]
+    for key in ("loss/next_token", "loss/mtp"):
+        assert lines[-1][key] < lines[0][key], key
 
 
 def test_the_resolved_configuration_is_saved(smoke_run: Path) -> None:
@@ -69,15 +79,41 @@ def test_a_loaded_run_gives_logits_and_scores(smoke_run: Path, workspace: Path) 
     assert results["perplexity"]["metrics"]["bits_per_byte"]["value"] > 0
 
 
-def test_there_is_one_wandb_run_and_an_evaluation_adds_none(smoke_run: Path, workspace: Path) -> None:
+@pytest.fixture(scope="module")
+def evaluations(smoke_run: Path, workspace: Path) -> Path:
+    """The scores of colours, tones and fades."""
     from omniloom.cli import run_verb
 
-    files = f"{workspace}/corpora/smoke/files/colours/questions.jsonl"
-    places = ["init=smoke", f"runs_dir={workspace}/runs"]
-    run_verb("evaluate", [*places, "tasks=[omniloom_pictures]", f"task_args.omniloom_pictures.files={files}"])
-    result = json.loads((smoke_run / "evals" / "step_00000020" / "omniloom_pictures.json").read_text())
-    assert result["step"] == 20
-    assert result["metrics"]["acc"]["stderr"] is not None
+    files = [
+        f"task_args.{task}.files={workspace}/corpora/smoke/files/{source}/questions.jsonl"
+        for task, source in SCORED.items()
+    ]
+    run_verb("evaluate", ["init=smoke", f"runs_dir={workspace}/runs", f"tasks=[{','.join(SCORED)}]", *files])
+    return smoke_run / "evals" / "step_00000020"
+
+
+@pytest.mark.parametrize(("task", "choices"), [("omniloom_pictures", 3), ("omniloom_speech", 2), ("omniloom_video", 2)])
+def test_a_trained_run_is_evaluated_on_each_medium(task: str, choices: int, evaluations: Path) -> None:
+    result = json.loads((evaluations / f"{task}.json").read_text())
+    assert (result["task"], result["step"], result["n"]) == (task, 20, 2 * choices)
+    acc = result["metrics"]["acc"]
+    assert 0 <= acc["value"] <= 1
+    assert acc["stderr"] is not None
+    assert acc["chance"] == pytest.approx(1 / choices)
+    assert acc["control"].keys() == {"removed", "shuffled"}
+    samples = [json.loads(line) for line in (evaluations / f"{task}.samples.jsonl").read_text().splitlines()]
+    assert sum(sample["right"] for sample in samples) / len(samples) == pytest.approx(acc["value"])
+    for sample in samples:
+        (medium, *_), _question = (list(part.values()) for part in sample["prompt"])
+        assert Path(medium).is_file()
+        assert Path(medium).stem == sample["answer"]
+        assert sample["given"] in sample["choices"]
+
+
+def test_there_is_one_wandb_run_and_an_evaluation_adds_none(smoke_run: Path, evaluations: Path) -> None:
+    assert sorted(path.name for path in evaluations.iterdir()) == sorted(
+        f"{task}{end}" for task in SCORED for end in (".json", ".samples.jsonl")
+    )
     assert len(list((smoke_run / "wandb").glob("offline-run-*"))) == 1
 
 
@@ -86,17 +122,16 @@ def test_two_ranks_see_the_same_batches_and_learn_the_same(smoke_run: Path, work
     one_lines, two_lines = metrics(smoke_run), metrics(two)
     assert [line["batch_hash"] for line in one_lines] == [line["batch_hash"] for line in two_lines]
     for one_line, two_line in zip(one_lines, two_lines, strict=True):
-        for key in ("loss/next_token", "loss/balance", "grad_norm", "tokens"):
+        for key in ("loss/next_token", "loss/mtp", "loss/balance", "grad_norm", "tokens"):
             torch.testing.assert_close(one_line[key], two_line[key], rtol=1e-4, atol=1e-6)
-        assert one_line["router/1/tokens_per_expert"] == two_line["router/1/tokens_per_expert"]
+        for layer in (1, 2):
+            key = f"router/{layer}/tokens_per_expert"
+            assert one_line[key] == two_line[key]
 
 
 def test_the_router_bias_moves_under_bf16_zero_and_stays_float32(ray_cluster: None, workspace: Path) -> None:
     run = train_smoke(workspace, "bf16", "train.precision=bf16", "cluster.workers=2", "parallel=zero1")
-    from safetensors.torch import load_file
-
-    (file,) = (run / "checkpoints" / "step_00000020" / "model").glob("*.safetensors")
-    weights = load_file(file)
+    weights = weights_of(run)
     bias = weights["layers.1.mlp.router.bias_E"]
     assert weights["layers.1.mlp.router.weight_ED"].dtype == torch.bfloat16
     assert bias.dtype == torch.float32
@@ -108,9 +143,55 @@ def test_the_router_bias_moves_under_bf16_zero_and_stays_float32(ray_cluster: No
     torch.testing.assert_close(bias, expected, rtol=0, atol=1e-6)
 
 
-def test_a_corpus_swapped_under_a_run_is_refused(smoke_run: Path, workspace: Path, capsys) -> None:
-    import pytest
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
 
+    (file,) = (run / "checkpoints" / "step_00000020" / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def test_muon_lowers_the_loss_and_resumes_bit_for_bit(ray_cluster: None, workspace: Path) -> None:
+    """What a kill between two checkpoints leaves: the first complete one, and metrics beyond it."""
+    words = ("muon", "optimizer.kind=muon", "parallel=zero0", "optimizer.lr=3e-3")
+    run = train_smoke(workspace, *words)
+    whole, lines = weights_of(run), metrics(run)
+    for key in ("loss/next_token", "loss/mtp", "val/loss"):
+        assert lines[-1][key] < next(line[key] for line in lines if key in line) - 0.2, key
+    shutil.rmtree(run / "checkpoints" / "step_00000020")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    train_smoke(workspace, *words)
+    again = metrics(run)
+    assert [line["step"] for line in again] == list(range(1, 21))
+    for key in ("loss/next_token", "loss/mtp", "loss/balance", "grad_norm", "lr", "batch_hash"):
+        assert [line[key] for line in again] == [line[key] for line in lines], key
+    resumed = weights_of(run)
+    assert resumed.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    starts = [event["step"] for event in map(json.loads, (run / "events.jsonl").open()) if event["event"] == "start"]
+    assert starts == [0, 10]
+
+
+def test_phases_reach_the_stream_and_an_unknown_source_is_named(
+    smoke_run: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The batches before the phase are those of the run without it; those after are others."""
+    places = ("data.weights.colours=0", "data.weights.tones=0", "data.weights.fades=0", "train.save_every=20")
+    phase = "data.phases=[{{from_sample:80,weights:{{{}:1,words:0}}}}]"
+    plain = train_smoke(workspace, "plain", *places)
+    phased = train_smoke(workspace, "phased", *places, phase.format("tones"))
+    before, after = ([line["batch_hash"] for line in metrics(run)] for run in (plain, phased))
+    assert before[10:] != after[10:]
+    losses = metrics(phased)[-1]
+    assert losses["val/loss/tones"] < metrics(plain)[-1]["val/loss/tones"]
+    with pytest.raises(SystemExit) as ended:
+        train_smoke(workspace, "mistyped", phase.format("tone"))
+    assert ended.value.code == 1
+    assert "data.phases.80.weights.tone names no source of the corpus; did you mean 'tones'?" in capsys.readouterr().err
+
+
+def test_a_corpus_swapped_under_a_run_is_refused(smoke_run: Path, workspace: Path, capsys) -> None:
     from omniloom.cli import run_verb
 
     words = ["tokenize", ["data=smoke", f"corpus={workspace}/corpora/other", "modality.image.size_pixels=24"]]

@@ -102,7 +102,8 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
     json=true. Ends the process with a nonzero status, after one message, where the work was not done.
     """
     debug = "--debug" in sys.argv
-    mappings = tuple(f"{key}." for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS)
+    free = [key for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS]
+    mappings = tuple(f"{key}{end}" for key in free for end in ".=")
     sys.argv = [_as_override(word, mappings) for word in sys.argv if word != "--debug"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us: the one message is ours to write
     ConfigStore.instance().store(name=f"{job}_schema", node=schema)
@@ -144,8 +145,9 @@ def _as_override(word: str, mappings: tuple[str, ...]) -> str:
 def _refuse_added_keys(schema: type, mappings: tuple[str, ...]) -> None:
     """Hydra's +key=value adds keys that nobody reads: as wrong as a mistyped one."""
     for word in sys.argv[1:]:
-        key = word.split("=")[0].lstrip("+")
-        if word.startswith("+") and not key.startswith(("hydra", *mappings)):
+        added = word.lstrip("+")
+        if word.startswith("+") and not added.startswith(("hydra", *mappings)):
+            key = added.split("=")[0]
             raise ConfigError(f"unknown key {key}; {_nearest_key(key, schema)}")
 
 

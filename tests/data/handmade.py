@@ -9,12 +9,18 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter
 
+from omniloom.data.samples.files import write_mp4, write_wav
 from omniloom.data.shards import Corpus, Index, SourceRecord, count_targets, file_sha256, write_shard
 from omniloom.data.source import Unit, list_units, read_documents, read_manifest
-from omniloom.modality.config import ImageConfig, ModalityConfig
+from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.modality.text import load_tokenizer, train_tokenizer
 
-TINY = ModalityConfig(ImageConfig(size_pixels=4, patch_pixels=2))  # a picture is 4 tokens of 12 values
+# A picture is 4 tokens of 12 values, a clip of 1/20 s 5 frames of 4 bands in 3 tokens, a video of 1 s 2 times 4 tokens.
+TINY = ModalityConfig(
+    ImageConfig(size_pixels=4, patch_pixels=2),
+    AudioConfig(mels=4, frames_per_token=2),
+    VideoConfig(size_pixels=4, patch_pixels=2, frames_per_second=2),
+)
 
 
 def save_picture(path: Path, seed: int, side: int = 4) -> Path:
@@ -24,6 +30,21 @@ def save_picture(path: Path, seed: int, side: int = 4) -> Path:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     path.write_bytes(stream.getvalue())
+    return path
+
+
+def save_clip(path: Path, seed: int, seconds: float = 0.05, loudness: int = 8_000) -> Path:
+    """Random noise as a wav at 16 kHz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = np.random.default_rng(seed).integers(-loudness, loudness + 1, round(16_000 * seconds))
+    write_wav(path, samples, 16_000)
+    return path
+
+
+def save_video(path: Path, seed: int, frames: int = 4) -> Path:
+    """Random pixels as an mp4 of 4 frames a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(path, np.random.default_rng(seed).integers(0, 256, (frames, 16, 16, 3), np.uint8), 4)
     return path
 
 
@@ -67,7 +88,7 @@ def build(manifest_path: Path, folder: Path, modality: ModalityConfig = TINY) ->
         modality=modality,
         sources=[SourceRecord(name, s.weight, s.loss_weight) for name, s in manifest.sources.items()],
         shards=records,
-        target_counts=count_targets(folder, records, vocab_size),
+        target_counts=count_targets(folder, records, modality.widths, vocab_size),
     )
     (folder / "index.json").write_bytes(TypeAdapter(Index).dump_json(index))
     return Corpus(folder)

@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from handmade import build
+from handmade import TINY, build
 
 from omniloom.data.loader import Batch, Rows, batch_hash, rank_batches, rank_samples, row_digest
 from omniloom.data.pack import heldout_rows, training_rows
 from omniloom.data.samples import write_samples
 from omniloom.data.shards import CorpusSplit
-from omniloom.modality.sequence import IMAGE, Row
+from omniloom.modality.batch import MODEL_INPUTS
+from omniloom.modality.sequence import AUDIO, IMAGE, MEDIA_FIELDS, TOKEN_FIELDS, VIDEO, Row
 
-SEQ_LEN, STEPS, GLOBAL = 32, 3, 8
+SEQ_LEN, STEPS, GLOBAL = 48, 3, 8
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> CorpusSplit:
-    """The training documents of the smoke samples: words and pictures."""
+    """The training documents of the smoke samples: words, pictures, clips and videos."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("loader")
     return build(write_samples("smoke", folder / "files"), folder / "corpus").split("train")
@@ -28,7 +29,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> CorpusSplit:
 
 @pytest.fixture(scope="module")
 def rows(split: CorpusSplit) -> Rows:
-    plan = training_rows(split, np.array([1.0, 1.0]), 0, SEQ_LEN, 8 * STEPS * GLOBAL)
+    plan = training_rows(split, [(0, np.ones(4))], 0, SEQ_LEN, 8 * STEPS * GLOBAL)
     return Rows(split, plan[::8], SEQ_LEN)  # spread out: the windows of one long text follow one another
 
 
@@ -73,22 +74,22 @@ def test_the_hash_knows_the_order_of_rows(rows: Rows) -> None:
     assert batch_hash([one, two]) == batch_hash([one + two])
 
 
-def with_picture(rows: Rows) -> Row:
-    return next(row for row in (rows[index] for index in range(len(rows))) if len(row.image))
+def with_medium(rows: Rows, name: str) -> Row:
+    return next(row for row in (rows[index] for index in range(len(rows))) if len(getattr(row, name)))
 
 
-@pytest.mark.parametrize("name", ["input_ids", "modality", "position", "document", "source", "loss_mask", "image"])
+@pytest.mark.parametrize("name", [*TOKEN_FIELDS, *MEDIA_FIELDS])
 def test_one_changed_value_of_a_field_changes_the_digest(name: str, rows: Rows) -> None:
-    row = with_picture(rows)
+    row = with_medium(rows, name)
     for place in (0, -1):
         changed = getattr(row, name).copy()
-        changed.reshape(-1)[place] ^= 1
+        changed.reshape(-1).view(f"u{changed.itemsize}")[place] ^= 1
         assert row_digest(replace(row, **{name: changed})) != row_digest(row)
     assert row_digest(replace(row, **{name: getattr(row, name).copy()})) == row_digest(row)
 
 
 def test_dtype_and_shape_change_the_digest(rows: Rows) -> None:
-    row = with_picture(rows)
+    row = with_medium(rows, "image")
     assert row_digest(replace(row, modality=row.modality.view(np.int8))) != row_digest(row)
     assert row_digest(replace(row, image=row.image.reshape(-1, row.image.shape[1] // 2))) != row_digest(row)
 
@@ -102,23 +103,31 @@ def test_loader_processes_give_the_same_batches(rows: Rows) -> None:
         assert all(torch.equal(one.fields[name], other.fields[name]) for name in one.fields)
 
 
-def test_a_batch_joins_pictures_in_order_of_appearance(rows: Rows) -> None:
+@pytest.mark.parametrize("name", MEDIA_FIELDS)
+def test_a_batch_joins_media_in_order_of_appearance(name: str, rows: Rows) -> None:
     chosen = [rows[index] for index in range(len(rows))]
-    assert 2 <= sum(len(row.image) > 0 for row in chosen) < len(chosen)
+    assert 2 <= sum(len(getattr(row, name)) > 0 for row in chosen) < len(chosen)
     batch = Batch(chosen)
-    assert torch.equal(batch.fields["image"], torch.from_numpy(np.concatenate([row.image for row in chosen])))
-    assert (batch.fields["modality"] == IMAGE).sum() == len(batch.fields["image"])
-    at = 0
+    assert batch.fields.keys() == {*TOKEN_FIELDS, *MEDIA_FIELDS}
+    joined = np.concatenate([getattr(row, name) for row in chosen])
+    assert torch.equal(batch.fields[name], torch.from_numpy(joined))
     for index, row in enumerate(chosen):
-        for name in ("input_ids", "modality", "position", "document", "source", "loss_mask"):
-            assert np.array_equal(batch.fields[name][index].numpy(), getattr(row, name)), name
-        assert np.array_equal(batch.fields["image"][at : at + len(row.image)].numpy(), row.image)
-        at += len(row.image)
+        for field in TOKEN_FIELDS:
+            assert np.array_equal(batch.fields[field][index].numpy(), getattr(row, field)), field
+
+
+def test_a_batch_has_as_many_media_rows_as_its_tokens_say(rows: Rows) -> None:
+    fields = Batch([rows[index] for index in range(len(rows))]).fields
+    tokens = torch.bincount(fields["modality"].flatten().long(), minlength=4).tolist()
+    assert min(tokens) > 0
+    assert (tokens[IMAGE], tokens[VIDEO]) == (len(fields["image"]), len(fields["video"]))
+    assert fields["audio_frames"].sum() == len(fields["audio"])
+    assert sum(-(-int(frames) // TINY.audio.frames_per_token) for frames in fields["audio_frames"]) == tokens[AUDIO]
 
 
 def test_a_batch_has_the_contracts_dtypes_and_shapes(rows: Rows) -> None:
     fields = Batch([rows[0], rows[1]]).fields
-    assert {name: (field.dtype, tuple(field.shape)) for name, field in fields.items() if name != "image"} == {
+    assert {name: (field.dtype, tuple(field.shape)) for name, field in fields.items() if name in TOKEN_FIELDS} == {
         "input_ids": (torch.int32, (2, SEQ_LEN)),
         "modality": (torch.uint8, (2, SEQ_LEN)),
         "position": (torch.int32, (2, SEQ_LEN, 3)),
@@ -126,8 +135,13 @@ def test_a_batch_has_the_contracts_dtypes_and_shapes(rows: Rows) -> None:
         "source": (torch.uint8, (2, SEQ_LEN)),
         "loss_mask": (torch.uint8, (2, SEQ_LEN)),
     }
-    assert fields["image"].dtype == torch.uint8
-    assert fields["image"].shape[1] == 12
+    assert {name: (fields[name].dtype, tuple(fields[name].shape[1:])) for name in MEDIA_FIELDS} == {
+        "image": (torch.uint8, (12,)),
+        "video": (torch.uint8, (12,)),
+        "audio": (torch.float16, (4,)),
+        "audio_frames": (torch.int32, ()),
+    }
+    assert set(MODEL_INPUTS) <= fields.keys()
 
 
 def test_a_row_holds_its_documents_side_by_side(split: CorpusSplit, rows: Rows) -> None:
@@ -151,4 +165,14 @@ def test_the_heldout_rows_of_a_corpus_hold_each_source(tmp_path: Path) -> None:
     plan = heldout_rows(heldout, SEQ_LEN, 8)
     rows = Rows(heldout, plan, SEQ_LEN)
     seen = {int(s) for i in range(len(rows)) for s in rows[i].source[rows[i].document >= 0]}
-    assert seen == {0, 1}
+    assert seen == {0, 1, 2, 3}
+
+
+def test_the_stream_with_phases_is_the_same_for_any_number_of_ranks(split: CorpusSplit) -> None:
+    """Phases are counted in samples of the global stream; the first step of the second begins within a batch."""
+    phases = [(0, np.array([1.0, 0, 0, 0])), (12, np.array([0, 1.0, 1.0, 1.0]))]
+    rows = Rows(split, training_rows(split, phases, 0, SEQ_LEN, STEPS * GLOBAL), SEQ_LEN)
+    hashes = [step_hashes(rows, ranks, micro) for ranks in (1, 2, 4) for micro in (1, 2)]
+    assert all(other == hashes[0] for other in hashes)
+    assert {int(s) for i in range(12) for s in rows[i].source} == {0}
+    assert {int(s) for i in range(12, len(rows)) for s in rows[i].source} > {0}

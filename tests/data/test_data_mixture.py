@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.data.mixture import document_order, source_weights
+from omniloom.data.mixture import DocumentOrder, source_weights
 from omniloom.errors import ConfigError
 
 quiet = settings(max_examples=60, deadline=None)
@@ -25,7 +25,7 @@ def mixtures(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 
 def take(count: int, tokens: np.ndarray, source: np.ndarray, weights: np.ndarray, seed: int) -> list[int]:
-    return list(islice(document_order(tokens, source, weights, seed), count))
+    return list(islice(DocumentOrder(tokens, source, weights, seed), count))
 
 
 @quiet
@@ -101,3 +101,28 @@ def test_replaced_weights_go_over_the_manifests() -> None:
 def test_an_unknown_source_is_named_with_the_nearest(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{key}\.digit names no source.*did you mean 'digits'\?"):
         source_weights(["topics", "digits"], [0.7, 0.3], {"digit": 1.0}, key)
+
+
+@quiet
+@given(mixtures(), st.integers(0, 40), st.sampled_from([0.5, 3.0]))
+def test_weights_set_anew_begin_to_count_anew_and_keep_the_epochs(mixture: tuple, first: int, factor: float) -> None:
+    """What was given before owes nothing; each source's stream goes on where it stood."""
+    tokens, source, weights, seed = mixture
+    order = DocumentOrder(tokens, source, weights, seed)
+    stream = iter(order)
+    before = list(islice(stream, first))
+    changed = weights.copy()
+    changed[source[0]] *= factor
+    order.weigh(changed)
+    after = list(islice(stream, 100))
+    has_documents = np.isin(np.arange(len(weights)), source)
+    share = changed * has_documents / (changed * has_documents).sum()
+    given_tokens = np.zeros(len(weights))
+    for document in after:
+        given_tokens[source[document]] += tokens[document]
+        assert np.abs(given_tokens - share * given_tokens.sum()).max() <= tokens.max() * len(weights)
+    for number in range(len(weights)):
+        members = np.flatnonzero(source == number).tolist()
+        mine = [document for document in before + after if source[document] == number]
+        for start in range(0, len(mine) - len(members) + 1, max(len(members), 1)):
+            assert sorted(mine[start : start + len(members)]) == members

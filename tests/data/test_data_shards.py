@@ -1,13 +1,26 @@
 """Shards hold documents bit for bit; a finished one is kept, anything else is written again."""
 
+import io
 import json
 import os
 import tracemalloc
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
-from handmade import TINY, build, interleaved_unit, make_tokenizer, raw_documents, save_lines, save_picture, text_unit
+from handmade import (
+    TINY,
+    build,
+    interleaved_unit,
+    make_tokenizer,
+    raw_documents,
+    save_clip,
+    save_lines,
+    save_picture,
+    save_video,
+    text_unit,
+)
 from PIL import Image
 
 from omniloom.data.samples import write_samples
@@ -18,16 +31,18 @@ from omniloom.data.shards import (
     ShardRecord,
     count_targets,
     file_sha256,
+    unit_fingerprint,
     weave_document,
     write_shard,
 )
 from omniloom.data.source import Unit
 from omniloom.errors import DataError
-from omniloom.modality.config import ImageConfig, ModalityConfig
-from omniloom.modality.sequence import Document
+from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
+from omniloom.modality.media import read_media_file
+from omniloom.modality.sequence import AUDIO, IMAGE, TEXT, VIDEO, Document
 from omniloom.modality.text import load_tokenizer
 
-PATCH = TINY.image.patch_values
+WIDTHS = TINY.widths
 
 
 def same(left: Document, right: Document) -> bool:
@@ -66,15 +81,15 @@ def pictures(tmp_path: Path) -> Unit:
 def test_documents_come_back_bit_for_bit_in_any_order(corpus: Path, pictures: Unit) -> None:
     record = write_shard(pictures, corpus, TINY)
     expected = woven(pictures, corpus)
-    shard = Shard(corpus / "shards" / record.file, PATCH)
+    shard = Shard(corpus / "shards" / record.file, WIDTHS)
     assert len(expected) == record.documents == 4
     for index in (3, 0, 2, 1, 0):
         assert same(shard.document(index), expected[index]), index
     assert [len(document.image) for document in expected] == [4, 0, 8, 4]
     lengths = shard.lengths()
     assert lengths.dtype == np.int64
-    assert lengths.tolist() == [[len(document), len(document.image)] for document in expected]
-    assert (record.tokens, record.media_tokens) == (sum(map(len, expected)), 16)
+    assert lengths.tolist() == [[len(document), document.image.nbytes] for document in expected]
+    assert (record.tokens, record.media_tokens) == (sum(map(len, expected)), {"image": 16, "audio": 0, "video": 0})
     assert record.rejects == []
 
 
@@ -86,11 +101,11 @@ def test_documents_are_found_across_arrow_batches(corpus: Path, tmp_path: Path) 
         save_lines(tmp_path / "a.jsonl", *([{"text": str(i)}, *(picture * (i % 3 == 0))] for i in range(count)))
     )
     record = write_shard(unit, corpus, TINY)
-    shard = Shard(corpus / "shards" / record.file, PATCH)
+    shard = Shard(corpus / "shards" / record.file, WIDTHS)
     expected = woven(unit, corpus)
     for index in (0, 1, DOCUMENTS_PER_BATCH - 1, DOCUMENTS_PER_BATCH, count - 1):
         assert same(shard.document(index), expected[index]), index
-    assert shard.lengths().tolist() == [[len(document), len(document.image)] for document in expected]
+    assert shard.lengths().tolist() == [[len(document), document.image.nbytes] for document in expected]
 
 
 def test_the_record_names_the_file_it_stands_beside(corpus: Path, pictures: Unit) -> None:
@@ -125,19 +140,97 @@ def test_a_shard_is_written_again_when_its_file_changes(corpus: Path, tmp_path: 
     assert write_shard(text_unit(path), corpus, TINY).sha256 != second.sha256
 
 
-def test_a_shard_is_written_again_when_one_of_its_pictures_changes(
-    corpus: Path, pictures: Unit, tmp_path: Path
+MEDIA = {"image": (save_picture, "m.png"), "audio": (save_clip, "m.wav"), "video": (save_video, "m.mp4")}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Unit:
+    """Documents of every medium alone, of several in one, some twice, and of text alone."""
+    for save, name in MEDIA.values():
+        save(tmp_path / name, 0)
+        save(tmp_path / f"other.{name[2:]}", 1)
+    image, audio, video = ({kind: name} for kind, (_, name) in MEDIA.items())
+    other = {kind: {kind: f"other.{name[2:]}"} for kind, (_, name) in MEDIA.items()}
+    lines = save_lines(
+        tmp_path / "mixed.jsonl",
+        [image, {"text": " red"}],
+        [audio, {"text": "which?", "loss": False}, {"text": " red"}],
+        [{"text": "before"}, video],
+        [audio, {"text": "and"}, image, {"text": "and"}, other["audio"], video, other["image"], {"text": " blue"}],
+        [{"text": "no medium"}],
+        [video, other["video"], image, audio, other["audio"], audio],
+    )
+    return interleaved_unit(lines, name="mixed-train-00000")
+
+
+def test_every_medium_comes_back_from_the_shard_byte_for_byte(corpus: Path, mixed: Unit, tmp_path: Path) -> None:
+    record = write_shard(mixed, corpus, TINY)
+    expected = woven(mixed, corpus)
+    shard = Shard(corpus / "shards" / record.file, WIDTHS)
+    assert (record.documents, record.rejects) == (6, [])
+    for index in (5, 0, 3, 1, 4, 2):
+        assert same(shard.document(index), expected[index]), index
+    whole = {name: read_media_file(kind, tmp_path / name, TINY).content for kind, (_, name) in MEDIA.items()}
+    other = {
+        kind: read_media_file(kind, tmp_path / f"other.{name[2:]}", TINY).content for kind, (_, name) in MEDIA.items()
+    }
+    held = shard.document(5)
+    assert np.array_equal(held.video, np.concatenate([whole["m.mp4"], other["video"]]))
+    assert np.array_equal(held.image, whole["m.png"])
+    assert np.array_equal(held.audio, np.concatenate([whole["m.wav"], other["audio"], whole["m.wav"]]))
+    assert held.audio_frames.tolist() == [5, 5, 5]
+    assert [len(document.video) for document in expected] == [0, 0, 8, 8, 0, 16]
+    placeholders = load_tokenizer(corpus / "tokenizer.json").placeholder_ids
+    for document in expected:
+        for kind in (IMAGE, AUDIO, VIDEO):
+            assert np.array_equal(document.modality == kind, document.input_ids == placeholders[kind])
+        assert not document.loss_mask[document.modality != TEXT].any()
+
+
+def test_tokens_of_each_medium_are_counted(corpus: Path, mixed: Unit) -> None:
+    record = write_shard(mixed, corpus, TINY)
+    assert record.media_tokens == {"image": 4 * 4, "audio": 6 * 3, "video": 4 * 8}
+    documents = woven(mixed, corpus)
+    assert record.tokens == sum(map(len, documents))
+    tokens, media = Shard(corpus / "shards" / record.file, WIDTHS).lengths().T
+    assert tokens.tolist() == [len(document) for document in documents]
+    assert (media > 0).tolist() == [True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_a_shard_is_written_again_when_one_of_its_media_changes(
+    kind: str, corpus: Path, mixed: Unit, tmp_path: Path
 ) -> None:
-    write_shard(pictures, corpus, TINY)
-    save_picture(tmp_path / "0.png", seed=99)
-    record = write_shard(pictures, corpus, TINY)
-    assert same(Shard(corpus / "shards" / record.file, PATCH).document(0), woven(pictures, corpus)[0])
+    save, name = MEDIA[kind]
+    first = write_shard(mixed, corpus, TINY)
+    before = unit_fingerprint(mixed, "t", TINY)
+    save(tmp_path / f"other.{name[2:]}", seed=99)
+    assert unit_fingerprint(mixed, "t", TINY) != before
+    record = write_shard(mixed, corpus, TINY)
+    assert record.sha256 != first.sha256
+    assert same(Shard(corpus / "shards" / record.file, WIDTHS).document(5), woven(mixed, corpus)[5])
+    (tmp_path / name).unlink()
+    assert unit_fingerprint(mixed, "t", TINY) not in (before, record.fingerprint)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ModalityConfig(ImageConfig(8, 2), TINY.audio, TINY.video),
+        ModalityConfig(TINY.image, AudioConfig(mels=8, frames_per_token=2), TINY.video),
+        ModalityConfig(TINY.image, AudioConfig(mels=4, frames_per_token=4), TINY.video),
+        ModalityConfig(TINY.image, TINY.audio, VideoConfig(4, 2, frames_per_second=1)),
+    ],
+)
+def test_other_sizes_of_any_medium_make_another_shard(sizes: ModalityConfig, corpus: Path, mixed: Unit) -> None:
+    assert unit_fingerprint(mixed, "t", sizes) != unit_fingerprint(mixed, "t", TINY)
+    assert write_shard(mixed, corpus, sizes).sha256 != write_shard(mixed, corpus, TINY).sha256
 
 
 def test_a_shard_is_written_again_for_other_sizes_and_another_tokenizer(corpus: Path, pictures: Unit) -> None:
     first = write_shard(pictures, corpus, TINY)
     second = write_shard(pictures, corpus, ModalityConfig(ImageConfig(8, 2)))
-    assert second.media_tokens == 4 * first.media_tokens
+    assert second.media_tokens["image"] == 4 * first.media_tokens["image"]
     path = corpus / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1), encoding="utf-8")
     assert write_shard(pictures, corpus, ModalityConfig(ImageConfig(8, 2))).fingerprint != second.fingerprint
@@ -170,7 +263,7 @@ def test_an_unfinished_shard_is_written_again(damage: object, corpus: Path, pict
     assert write_shard(pictures, corpus, TINY) == first
     path = corpus / "shards" / first.file
     assert file_sha256(path) == first.sha256
-    assert len(Shard(path, PATCH).lengths()) == 4
+    assert len(Shard(path, WIDTHS).lengths()) == 4
 
 
 def reject(corpus: Path, folder: Path, *segments: dict[str, object]) -> ShardRecord:
@@ -205,6 +298,54 @@ def test_unusable_text_files_are_rejected_with_file_and_reason(corpus: Path, tmp
         ("a.txt", "not UTF-8 at byte 0"),
         ("c.txt", "empty"),
     ]
+
+
+def bad_media(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
+    """Segments that make a document unusable, each with a piece of the reason."""
+    save_clip(folder / "silent.wav", 0, loudness=0)
+    save_clip(folder / "quiet.wav", 0, loudness=2)
+    save_clip(folder / "short.wav", 0, seconds=0.02)
+    save_clip(folder / "clip.wav", 0)
+    save_video(folder / "film.mp4", 0)
+    (folder / "cut.mp4").write_bytes((folder / "film.mp4").read_bytes()[:600])
+    (folder / "text.wav").write_text("no sound")
+    (folder / "empty.mp4").write_bytes(b"")
+    empty_track = io.BytesIO()
+    with av.open(empty_track, "w", format="mp4") as container:
+        container.add_stream("libx264", rate=4).width = 16
+    (folder / "no frame.mp4").write_bytes(empty_track.getvalue())
+    return {
+        "silent": ({"audio": "silent.wav"}, "silent clip"),
+        "under the floor": ({"audio": "quiet.wav"}, "silent clip"),
+        "shorter than a window": ({"audio": "short.wav"}, "clip of 320 samples is shorter than one window of 400"),
+        "text for sound": ({"audio": "text.wav"}, "not a readable sound file"),
+        "sound for a film": ({"video": "clip.wav"}, ""),
+        "film for sound": ({"audio": "film.mp4"}, "not a readable sound file"),
+        "film for a picture": ({"image": "film.mp4"}, "not a readable JPEG, PNG, GIF, WEBP picture"),
+        "no frame": ({"video": "no frame.mp4"}, ""),
+        "cut film": ({"video": "cut.mp4"}, "not a readable video file"),
+        "empty film": ({"video": "empty.mp4"}, "not a readable video file"),
+        "no sound file": ({"audio": "nowhere.wav"}, "No such file"),
+        "no film": ({"video": "nowhere.mp4"}, "No such file"),
+        "unknown key": ({"sound": "clip.wav"}, "unknown key sound"),
+        "target": ({"audio": "clip.wav", "loss": True}, "audio cannot be a target"),
+    }
+
+
+def test_bad_media_are_skipped_counted_and_named(corpus: Path, tmp_path: Path) -> None:
+    bad = bad_media(tmp_path)
+    good = [{"audio": "clip.wav"}, {"video": "film.mp4"}, {"text": " good"}]
+    lines = save_lines(
+        tmp_path / "a.jsonl", good, *([good[0], entry, {"text": " bad"}] for entry, _ in bad.values()), good
+    )
+    record = write_shard(interleaved_unit(lines), corpus, TINY)
+    assert record.documents == 2
+    assert record.media_tokens == {"image": 0, "audio": 6, "video": 16}
+    assert [reject.name for reject in record.rejects] == [f"{lines}:{number + 2}" for number in range(len(bad))]
+    for (name, (_, reason)), reject in zip(bad.items(), record.rejects, strict=True):
+        assert reason in reject.reason, name
+        assert reject.reason, name
+        assert len(reject.reason) < 400, name
 
 
 @pytest.mark.parametrize("path", [".", "", "a/../nowhere.png", "x" * 5_000, "nul\0.png", "half \ud800.png"])
@@ -258,34 +399,36 @@ def test_targets_are_counted_in_the_training_text_alone(corpus: Path, pictures: 
             expected[token] += is_target
     assert sum(expected) > 20
     assert expected[tokenizer.placeholder_ids[1]] == 0
-    assert count_targets(corpus, [record], tokenizer.vocab_size) == expected
+    assert count_targets(corpus, [record], WIDTHS, tokenizer.vocab_size) == expected
     record.split = "heldout"
-    assert sum(count_targets(corpus, [record], tokenizer.vocab_size)) == 0
+    assert sum(count_targets(corpus, [record], WIDTHS, tokenizer.vocab_size)) == 0
 
 
 def test_a_unit_without_a_usable_document_makes_an_empty_shard(corpus: Path, tmp_path: Path) -> None:
     record = write_shard(interleaved_unit(save_lines(tmp_path / "a.jsonl", "{")), corpus, TINY)
     assert (record.documents, record.tokens, len(record.rejects)) == (0, 0, 1)
-    assert Shard(corpus / "shards" / record.file, PATCH).lengths().shape == (0, 2)
+    assert Shard(corpus / "shards" / record.file, WIDTHS).lengths().shape == (0, 2)
 
 
 @pytest.fixture
 def smoke(tmp_path: Path) -> Corpus:
-    """A whole corpus of the smoke samples, shards of both sources and both splits."""
+    """A whole corpus of the smoke samples, shards of all sources and both splits."""
     return build(write_samples("smoke", tmp_path / "files"), tmp_path / "smoke")
 
 
 def test_a_corpus_gives_each_split_its_documents_in_shard_order(smoke: Corpus) -> None:
-    for split, words in (("train", 8), ("heldout", 2)):
+    for split, words, each in (("train", 8, 60), ("heldout", 2, 12)):
         documents = smoke.split(split)
-        assert len(documents) == len(documents.tokens) == words + {"train": 60, "heldout": 12}[split]
-        assert documents.source.tolist() == [0] * words + [1] * (len(documents) - words)
-        shards = [Shard(smoke.folder / "shards" / r.file, PATCH) for r in smoke.index.shards if r.split == split]
+        assert len(documents) == len(documents.tokens) == words + 3 * each
+        assert documents.widths == WIDTHS
+        assert documents.source.tolist() == [0] * words + np.repeat([1, 2, 3], each).tolist()
+        assert documents.has_media.tolist() == (documents.source > 0).tolist()
+        shards = [Shard(smoke.folder / "shards" / r.file, WIDTHS) for r in smoke.index.shards if r.split == split]
         expected = [shard.document(index) for shard in shards for index in range(len(shard.lengths()))]
         assert len(expected) == len(documents)
         for index, document in enumerate(expected):
             assert same(documents.document(index), document)
-            assert (documents.tokens[index], documents.media_tokens[index]) == (len(document), len(document.image))
+            assert documents.tokens[index] == len(document)
     assert not any(record.rejects for record in smoke.index.shards)
 
 

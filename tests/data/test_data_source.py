@@ -3,14 +3,15 @@
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from handmade import save_lines
 
-from omniloom.data.config import CorpusConfig, DataConfig, Manifest, SourceSpec
-from omniloom.data.source import UNIT_BYTES, RawDocument, list_units, read_documents, read_manifest
+from omniloom.data.config import CorpusConfig, DataConfig, Manifest, PhaseConfig, SourceSpec
+from omniloom.data.source import UNIT_BYTES, RawDocument, RawSegment, list_units, read_documents, read_manifest
 from omniloom.errors import ConfigError, DataError
 
 WHOLE = """\
@@ -18,6 +19,10 @@ sources:
   words: {format: text, train: ["words/*.txt"], heldout: ["held/*.txt"], weight: 0.25}
   pictures: {format: interleaved, train: ["*.jsonl"], loss_weight: 4}
 """
+
+
+def phases(*starts: int, weight: float = 0.5) -> list[PhaseConfig]:
+    return [PhaseConfig(start, {"a": weight}) for start in starts]
 
 
 def manifest(folder: Path, content: str | bytes) -> Manifest:
@@ -167,7 +172,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path.write_text("Two lines,\nnaïve 猫.\n", encoding="utf-8")
     (document,) = read_documents(path, "text")
     assert document.problem is None
-    assert [(s.text, s.image, s.is_target) for s in document.segments] == [("Two lines,\nnaïve 猫.\n", None, True)]
+    assert document.segments == [RawSegment("text", "Two lines,\nnaïve 猫.\n", is_target=True)]
 
 
 @pytest.mark.parametrize(
@@ -183,18 +188,20 @@ def test_an_unusable_text_file_says_why(content: bytes, problem: str, tmp_path: 
 def test_an_interleaved_line_is_a_document(tmp_path: Path) -> None:
     first = [
         {"image": "png/1.png"},
+        {"audio": "wav/1.wav"},
         {"text": "Which?", "loss": False},
         {"text": " red"},
-        {"image": "b.png", "loss": False},
+        {"video": "../b.mp4", "loss": False},
     ]
     read = documents(tmp_path, first, "", "  ", [{"text": "plain"}])
     assert [document.problem for document in read] == [None, None]
     assert [document.name.rpartition(":")[2] for document in read] == ["1", "4"]
-    assert [(s.text, s.image, s.is_target) for s in read[0].segments] == [
-        (None, tmp_path / "png" / "1.png", False),
-        ("Which?", None, False),
-        (" red", None, True),
-        (None, tmp_path / "b.png", False),
+    assert read[0].segments == [
+        RawSegment("image", tmp_path / "png" / "1.png", is_target=False),
+        RawSegment("audio", tmp_path / "wav" / "1.wav", is_target=False),
+        RawSegment("text", "Which?", is_target=False),
+        RawSegment("text", " red", is_target=True),
+        RawSegment("video", tmp_path / ".." / "b.mp4", is_target=False),
     ]
 
 
@@ -224,10 +231,14 @@ def test_an_interleaved_line_is_a_document(tmp_path: Path) -> None:
         '{"segments": [{"text": 7}]}',
         '{"segments": [{"text": ["a"]}]}',
         '{"segments": [{"text": "a", "image": "a.png"}]}',
+        '{"segments": [{"audio": "a.wav", "video": "a.mp4"}]}',
+        '{"segments": [{"loss": false}]}',
+        '{"segments": [{"audio": 7}]}',
+        '{"segments": [{"video": null}]}',
+        '{"segments": [{"audio": "half \\ud800.wav"}]}',
         '{"segments": [{"text": null, "image": null}]}',
         '{"segments": [{"image": null}]}',
         '{"segments": [{"image": 7}]}',
-        '{"segments": [{"image": "a.png", "loss": true}]}',
         '{"segments": [{"text": "a", "loss": "no"}]}',
         '{"segments": [{"text": "half of a pair: \\ud800"}]}',
         '{"segments": [{"text": "a"}, {"sound": "a.wav"}]}',
@@ -240,16 +251,20 @@ def test_a_wrong_interleaved_line_gives_a_problem(line: str, tmp_path: Path) -> 
     assert read[1].name.endswith("lines.jsonl:2")
 
 
-@pytest.mark.parametrize(("key", "near"), [("txt", "text"), ("imge", "image"), ("los", "loss")])
+@pytest.mark.parametrize(
+    ("key", "near"), [("txt", "text"), ("imge", "image"), ("los", "loss"), ("vidoe", "video"), ("adio", "audio")]
+)
 def test_an_unknown_segment_key_is_named_with_the_nearest(key: str, near: str, tmp_path: Path) -> None:
     (document,) = documents(tmp_path, [{key: "a"}])
     assert f"unknown key {key}" in document.problem
     assert f"did you mean '{near}'?" in document.problem
 
 
-def test_a_segment_of_both_text_and_picture_says_so(tmp_path: Path) -> None:
-    (document,) = documents(tmp_path, [{"text": "a", "image": "a.png"}])
-    assert "a segment is either text or image" in document.problem
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+def test_a_medium_as_target_and_two_contents_in_one_segment_say_so(kind: str, tmp_path: Path) -> None:
+    target, both = documents(tmp_path, [{kind: "a.bin", "loss": True}], [{"text": "a", kind: "a.bin"}])
+    assert f"{kind} cannot be a target" in target.problem
+    assert "a segment is one of text, image, audio, video" in both.problem
 
 
 def test_a_line_that_is_not_utf_8_gives_a_short_problem(tmp_path: Path) -> None:
@@ -279,8 +294,18 @@ def test_config_wants_exactly_one_source_of_files() -> None:
         ({"weights": {"a": -1.0}}, "data.weights.a=-1.0"),
         ({"weights": {"a": float("nan")}}, "data.weights.a=nan"),
         ({"loss_weights": {"a": float("inf")}}, "data.loss_weights.a=inf"),
+        ({"phases": phases(0)}, "data.phases from_sample=0 must be over 0"),
+        ({"phases": phases(-8)}, "data.phases from_sample=-8 must be over 0"),
+        ({"phases": phases(16, 8)}, "data.phases from_sample=8 must be over 16"),
+        ({"phases": phases(8, 16, 16)}, "data.phases from_sample=16 must be over 16"),
+        ({"phases": phases(8, weight=-0.5)}, "data.phases from_sample=8.a=-0.5 must be a number of at least 0"),
+        ({"phases": phases(8, weight=float("nan"))}, "data.phases from_sample=8.a=nan"),
     ],
 )
 def test_config_refuses_what_cannot_hold(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         DataConfig(**keys).check()
+
+
+def test_phases_in_order_are_sound() -> None:
+    DataConfig(phases=phases(1, 2, 1_000)).check()

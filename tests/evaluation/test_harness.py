@@ -2,13 +2,27 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
-from tiny_models import EVALS, LETTERS, ask, colourful, save_tiny, tiny_lm, tokenizer
+from tiny_models import EVALS, LETTERS, ask, audible, colourful, direct, moving, save_tiny, tiny_lm, tokenizer
 
 from omniloom.errors import ConfigError
-from omniloom.evaluation.harness import Item, Scores, evaluate, evaluate_item, gather, task_manager, variants_of
+from omniloom.evaluation.harness import (
+    SAMPLES_KEPT,
+    Item,
+    Scores,
+    evaluate,
+    evaluate_item,
+    gather,
+    task_manager,
+    variants_of,
+)
+from omniloom.evaluation.needle import Grid, needle_items
 from omniloom.model.load import load_model
+from omniloom.track.run_directory import open_run
+from omniloom.track.tracker import record_evaluations
+from omniloom.train.config import TrainingRun
 
 TEXT = LETTERS * 3
 
@@ -61,30 +75,56 @@ def test_without_counts_text_has_no_control(uniform, files):
     assert gather([scores], 5)["perplexity"]["metrics"]["bits_per_byte"]["control"] == {}
 
 
-def test_pictures_are_scored_kept_removed_and_shuffled(tmp_path):
-    folder = save_tiny(tmp_path / "model")
-    paths = colourful(tmp_path / "png", 6)
-    choices = [["red", "green", "blue"], ["red", "blue"]]
-    rows = [
-        {"image": f"png/{i}.png", "question": f"what is {i}?", "choices": choices[i % 2], "answer": i % 2}
-        for i in range(6)
-    ]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task_args = {"omniloom_pictures": {"files": f"{tmp_path}/questions.jsonl"}}
-    result = evaluate(load_model(folder), ["omniloom_pictures"], EVALS, task_args=task_args)["omniloom_pictures"]
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("long") / "model", max_position_embeddings=96)
 
-    def accuracy(medium):
-        lm, right = tiny_lm(folder, medium), 0
-        requests = [
-            ask(f"<image>{row['question']}", f" {choice}", {"visual": [str(path)]}, document=i)
-            for i, (row, path) in enumerate(zip(rows, paths, strict=True))
-            for choice in row["choices"]
-        ]
-        values = iter(value for value, _ in lm.loglikelihood(requests, disable_tqdm=True))
-        for row in rows:
-            mine = [next(values) for _ in row["choices"]]
-            right += mine.index(max(mine)) == row["answer"]
-        return right / 6
+
+def mixed_questions(folder, count=6):
+    """Half of a picture, half of a clip and a video, with 3 and with 2 choices."""
+    kinds = {"image": colourful(folder, count), "audio": audible(folder, count), "video": moving(folder, count)}
+    rows = []
+    for i in range(count):
+        shown = ("image",) if i % 2 else ("audio", "video")
+        media = [{kind: kinds[kind][i].name} for kind in shown]
+        choices = [["red", "green", "blue"], ["red", "blue"]][i % 2]
+        segments = [*media, {"text": f"what is {i}?"}]
+        rows.append({"segments": segments, "choices": choices, "answer": i % 2})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def requests_of(rows, folder):
+    """What lm-eval should ask of the model."""
+    requests = []
+    for number, row in enumerate(rows):
+        *media, text = row["segments"]
+        kinds = [(kind, str(folder / name)) for medium in media for kind, name in medium.items()]
+        held = {"visual": [p for k, p in kinds if k != "audio"], "audio": [p for k, p in kinds if k == "audio"]}
+        prompt = "".join(f"<{kind}>" for kind, _ in kinds) + text["text"]
+        requests += [ask(prompt, f" {choice}", held, document=number) for choice in row["choices"]]
+    return requests
+
+
+def given_answers(rows, values):
+    values = iter(values)
+    given = []
+    for row in rows:
+        mine = [next(values)[0] for _ in row["choices"]]
+        given.append(mine.index(max(mine)))
+    return given
+
+
+def test_media_are_scored_kept_removed_and_shuffled(tmp_path):
+    """Equal to a literal loop over the questions under each control."""
+    model = load_model(save_tiny(tmp_path / "model"))
+    rows = mixed_questions(tmp_path)
+    task_args = {"omniloom_matching": {"files": f"{tmp_path}/questions.jsonl"}}
+    result = evaluate(model, ["omniloom_matching"], EVALS, task_args=task_args)["omniloom_matching"]
+
+    def accuracy(control):
+        values = tiny_lm(model.folder, control).loglikelihood(requests_of(rows, tmp_path), disable_tqdm=True)
+        return sum(g == row["answer"] for g, row in zip(given_answers(rows, values), rows, strict=True)) / 6
 
     assert result["n"] == 6
     acc = result["metrics"]["acc"]
@@ -95,6 +135,155 @@ def test_pictures_are_scored_kept_removed_and_shuffled(tmp_path):
         "removed": pytest.approx(accuracy("removed")),
         "shuffled": pytest.approx(accuracy("shuffled")),
     }
+
+
+def test_samples_show_prompt_choices_right_and_given_answer(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    rows = mixed_questions(tmp_path)
+    item = Item("omniloom_motion", "kept", str(folder), {"files": f"{tmp_path}/questions.jsonl"}, str(EVALS))
+    samples = evaluate_item(item).samples
+    values = tiny_lm(folder).loglikelihood(requests_of(rows, tmp_path), disable_tqdm=True)
+    for number, (sample, row, given) in enumerate(zip(samples, rows, given_answers(rows, values), strict=True)):
+        *media, text = row["segments"]
+        assert sample == {
+            "doc_id": number,
+            "prompt": [{kind: str(tmp_path / name)} for medium in media for kind, name in medium.items()] + [text],
+            "choices": row["choices"],
+            "answer": row["choices"][row["answer"]],
+            "given": row["choices"][given],
+            "right": given == row["answer"],
+        }
+    json.dumps(samples)
+
+
+def needle_args(files, **grid):
+    return {"files": files, "lengths": [64, 96], "depths": [0.0, 0.5, 1.0], "per_cell": 3} | grid
+
+
+def test_the_needles_cells_are_a_literal_loop_over_the_items(long_model, files, monkeypatch):
+    """Every third answer is made right, so that cells differ."""
+    from omniloom.evaluation import lm
+
+    real = lm.OmniloomLM.loglikelihood
+
+    def some_right(self, requests, disable_tqdm=False):
+        values = real(self, requests, disable_tqdm)
+        return [(value, int(request.args[1]) % 3 == 0) for (value, _), request in zip(values, requests, strict=True)]
+
+    monkeypatch.setattr(lm.OmniloomLM, "loglikelihood", some_right)
+    grid = needle_args(files, per_cell=7)
+    result = evaluate(load_model(long_model), ["needle"], EVALS, task_args={"needle": grid})["needle"]
+    grid.pop("files")
+    cells = {}
+    for item in needle_items([TEXT], long_model, Grid(**grid)):
+        cells.setdefault((item["length"], item["depth"]), []).append(int(item["answer"]) % 3 == 0)
+    metrics = result["metrics"]
+    assert metrics.keys() == {"acc", *(f"acc/{length}/{depth:g}" for length, depth in cells)}
+    every = [hit for hits in cells.values() for hit in hits]
+    assert result["n"] == len(every) == 42
+    assert metrics["acc"]["value"] == pytest.approx(sum(every) / 42)
+    assert 0 < sum(every) < 42
+    for (length, depth), hits in cells.items():
+        cell, share = metrics[f"acc/{length}/{depth:g}"], sum(hits) / 7
+        assert cell["value"] == pytest.approx(share)
+        assert cell["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 6))
+        assert (cell["chance"], cell["control"]) == (None, {})
+
+
+def test_the_needles_answers_are_scored_after_their_prompt(long_model, files, text):
+    """A needle is found where greedy decoding writes the whole answer."""
+    item = Item("needle", "kept", str(long_model), needle_args(files), str(EVALS))
+    assert variants_of(item) == ["kept"]
+    scores = evaluate_item(item)
+    assert scores.n == 18
+    made = needle_items([TEXT], long_model, Grid(lengths=[64, 96], depths=[0.0, 0.5, 1.0], per_cell=3))
+    assert [(s["prompt"], s["answer"], s["length"], s["depth"]) for s in scores.samples] == [
+        ([{"text": i["prompt"]}], i["answer"], i["length"], i["depth"]) for i in made
+    ]
+    model = load_model(long_model)
+    for sample in scores.samples:
+        prompt = [text.bos_id, *text.encode(sample["prompt"][0]["text"]).tolist()]
+        likeliest = direct(model, prompt, text.encode(f" {sample['answer']}").tolist())[1]
+        assert sample["right"] == likeliest
+        assert sample["given"] == (sample["answer"] if likeliest else None)
+
+
+def test_a_cell_of_one_item_has_no_standard_error(long_model, files):
+    grid = needle_args(files, per_cell=1)
+    result = evaluate(load_model(long_model), ["needle"], EVALS, task_args={"needle": grid})["needle"]
+    assert result["metrics"]["acc/64/0.5"]["stderr"] is None
+    assert result["n"] == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lenghts": [64]}, "unknown key task_args.needle.lenghts; did you mean 'lengths'?"),
+        ({"lengths": "many"}, "task_args.needle.lengths"),
+        ({"lengths": 64}, "task_args.needle.lengths"),
+        ({"per_cell": 0}, "task_args.needle.per_cell=0"),
+        ({"lengths": [97]}, "97 is over the model's context of 96 tokens"),
+    ],
+)
+def test_a_wrong_key_of_the_needle_task_is_named(changes, said, long_model, files):
+    with pytest.raises(ConfigError) as caught:
+        evaluate(load_model(long_model), ["needle"], EVALS, task_args={"needle": needle_args(files, **changes)})
+    assert said in str(caught.value)
+
+
+def test_samples_are_spread_over_the_documents_and_few(long_model, files):
+    item = Item("needle", "kept", str(long_model), needle_args(files, per_cell=20), str(EVALS))
+    samples = evaluate_item(item).samples
+    assert len(samples) == SAMPLES_KEPT
+    assert len({(sample["length"], sample["depth"]) for sample in samples}) == 6
+
+
+def test_samples_show_both_answers_where_they_take_turns(long_model, tmp_path):
+    """As the questions of the two-media task do."""
+    colourful(tmp_path, 1)
+    rows = [
+        {"segments": [{"image": "0.png"}, {"text": f"is {i}?"}], "choices": ["yes", "no"], "answer": i % 2}
+        for i in range(80)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    item = Item("omniloom_matching", "removed", str(long_model), {"files": f"{tmp_path}/questions.jsonl"}, str(EVALS))
+    samples = evaluate_item(item).samples
+    assert len(samples) == SAMPLES_KEPT
+    assert 8 <= sum(sample["answer"] == "yes" for sample in samples) <= 24
+
+
+TASKS = sorted(path for path in EVALS.glob("*/*.yaml") if not path.name.startswith("_"))
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_every_task_of_evals_loads_and_runs_tiny(path, long_model, files, tmp_path):
+    """New tasks are found by themselves: one that reads other files needs its line here."""
+    task = path.stem
+    mixed_questions(tmp_path, 4)
+    task_args = {"perplexity": {"files": files}, "needle": needle_args(files)}
+    mine = task_args.get(task, {"files": f"{tmp_path}/questions.jsonl"})
+    result = evaluate(load_model(long_model), [task], EVALS, task_args={task: mine}, limit=4)[task]
+    assert 1 <= result["n"] <= 4
+    (metric,) = {"acc", "bits_per_byte"} & result["metrics"].keys()
+    assert math.isfinite(result["metrics"][metric]["value"])
+    is_media = path.parent.name == "omniloom_media"
+    assert set(result["metrics"][metric]["control"]) == ({"removed", "shuffled"} if is_media else set())
+
+
+def test_the_samples_stand_beside_the_scores(tmp_path):
+    """Each task's file, its samples a line each; another evaluation of the step writes them anew."""
+    run = tmp_path / "run"
+    open_run(run, asdict(TrainingRun()))
+    result = {"a": {"task": "a", "step": 7, "n": 1, "metrics": {}}}
+    for samples in ([{"doc_id": 0}, {"doc_id": 1, "given": "ü"}], [{"doc_id": 2}]):
+        record_evaluations(run, result, {"a": samples, "other": [{}]})
+        folder = run / "evals" / "step_00000007"
+        assert sorted(path.name for path in folder.iterdir()) == ["a.json", "a.samples.jsonl"]
+        assert json.loads((folder / "a.json").read_text()) == result["a"]
+        written = (folder / "a.samples.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in written] == samples
+    record_evaluations(run, result, {})
+    assert (folder / "a.samples.jsonl").read_text() == ""
 
 
 def test_a_limit_scores_that_many_documents(uniform, tmp_path):
@@ -119,8 +308,8 @@ def test_an_unknown_task_is_refused_with_the_nearest_name(uniform):
 
 def test_gather_puts_controls_beside_their_own_metric():
     scores = [
-        Scores("a", "kept", 4, {"acc": (0.5, 0.1), "f1": (0.4, None)}, 0.25),
-        Scores("a", "removed", 4, {"acc": (0.2, 0.1)}, 0.25),
+        Scores("a", "kept", 4, {"acc": (0.5, 0.1), "f1": (0.4, None)}, 0.25, [{"doc_id": 0}]),
+        Scores("a", "removed", 4, {"acc": (0.2, 0.1)}, 0.25, [{"doc_id": 0}]),
         Scores("b", "kept", 2, {"acc_norm": (0.9, 0.1)}, 0.5),
     ]
     assert gather(scores, 7) == {

@@ -1,7 +1,8 @@
-"""Our decoder as an lm-eval model."""
+"""Our decoder as an lm-eval model; its media have test_media.py."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,9 +10,11 @@ from tiny_models import (
     CONTEXT_TOKENS,
     LETTERS,
     PICTURE_TOKENS,
+    TINY,
     ask,
     colourful,
     direct,
+    direct_document,
     rolling,
     save_tiny,
     tiny_lm,
@@ -19,6 +22,9 @@ from tiny_models import (
 )
 
 from omniloom.errors import ConfigError, DataError
+from omniloom.modality.audio import audio_segment
+from omniloom.modality.sequence import Segment, weave
+from omniloom.model.decoder import Decoder
 from omniloom.model.load import load_model
 
 
@@ -228,22 +234,6 @@ def test_shuffled_keeps_two_tasks_of_one_call_apart(folder, pictures):
     assert [value for value, _ in together] == pytest.approx([value for value, _ in apart], abs=1e-4)
 
 
-@pytest.mark.parametrize("medium", ["kept", "removed", "shuffled"])
-@pytest.mark.parametrize(("context", "count"), [("what?", 1), ("<image><image>what?", 1), ("<image>what?", 0)])
-def test_a_wrong_count_of_placeholders_is_refused_with_both_figures(folder, pictures, medium, context, count):
-    requests = [ask(context, " red", {"visual": pictures[:count]}, document=i, task="pictures_task") for i in (0, 1)]
-    with pytest.raises(DataError) as caught:
-        score(tiny_lm(folder, medium), requests)
-    assert "pictures_task" in str(caught.value)
-    assert f"{context.count('<image>')} <image>" in str(caught.value)
-    assert f"{count} pictures" in str(caught.value)
-
-
-def test_a_placeholder_without_any_picture_is_refused(folder):
-    with pytest.raises(DataError, match="1 <image> and 0 pictures"):
-        score(tiny_lm(folder), [ask("<image>what?", " red")])
-
-
 def test_a_prompt_longer_than_the_context_is_refused_with_both_figures(folder, pictures, text):
     def request(words):
         return ask("<image>" * 6 + " cat" * words, " red", {"visual": [pictures[0]] * 6})
@@ -267,3 +257,77 @@ def test_a_continuation_without_a_token_of_its_own_is_never_a_free_win(folder, t
 def test_generation_is_refused_by_name(folder):
     with pytest.raises(ConfigError, match=r"gsm8k.*generat"):
         tiny_lm(folder).generate_until([ask("2 + 2 =", {"until": ["\n"]}, task="gsm8k", kind="generate_until")])
+
+
+def one_by_one(documents):
+    """In place of the grouping: every document has a forward pass of its own."""
+    return [[number] for number in range(len(documents))]
+
+
+def answers_of_one_token(text):
+    ids = [text.encode(f" {word}").tolist() for word in ("cat", "sat", "mat", "dog", "log", "the", "red", "blue")]
+    alone = [text.decode(tokens) for tokens in ids if len(tokens) == 1]
+    assert len(alone) > 3
+    return alone
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 8_192])
+def test_grouped_answers_score_as_each_alone(folder, pictures, text, monkeypatch, batch_tokens):
+    """Answers of one token after one prompt share a forward pass; longer ones and other prompts have their own."""
+    answers = [*answers_of_one_token(text), " cat sat on", " shown here"]
+    requests = [ask("the cat", answer, document=0) for answer in answers]
+    requests += [ask("the dog", answer, document=1) for answer in answers]
+    for document, picture in enumerate(pictures[:2], 2):
+        requests += [ask("<image>the cat", answer, {"visual": [picture]}, document=document) for answer in answers]
+    # The same tokens, of which other many are asked.
+    requests += [ask("the cat sat", " on", document=8), ask("the cat", " sat on", document=9)]
+    requests += [ask("the", " cat sat on", document=10)]
+    requests = requests[::2] + requests[1::2]  # a document's requests need not follow one another
+    grouped = score(tiny_lm(folder, batch_tokens=batch_tokens), requests)
+    monkeypatch.setattr("omniloom.evaluation.lm._same_but_for_the_last", one_by_one)
+    alone = score(tiny_lm(folder, batch_tokens=batch_tokens), requests)
+    assert [value for value, _ in grouped] == pytest.approx([value for value, _ in alone], abs=1e-5)
+    assert [greedy for _, greedy in grouped] == [greedy for _, greedy in alone]
+    assert len({round(value, 4) for value, _ in grouped}) == len(requests)
+
+
+def test_a_prompts_answers_of_one_token_take_one_forward_pass(folder, pictures, text, monkeypatch):
+    rows = []
+    forward = Decoder.forward
+
+    def watched(self, *args, **fields):
+        rows.append(len(fields["input_ids"]))
+        return forward(self, *args, **fields)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    answers = answers_of_one_token(text)
+    score(tiny_lm(folder), [ask("the cat", answer) for answer in answers])
+    assert sum(rows) == 1
+    rows.clear()
+    requests = [
+        ask("<image>the", answer, {"visual": [p]}, document=i) for i, p in enumerate(pictures) for answer in answers
+    ]
+    score(tiny_lm(folder), requests)
+    assert sum(rows) == len(pictures)
+    rows.clear()
+    score(tiny_lm(folder), [ask("the cat", " cat sat"), ask("the cat", " cat sat on")])
+    assert sum(rows) == 2
+
+
+def clips_cut_at(*lengths):
+    """One stretch of sound as clips of these lengths, then a question and its answer of one token."""
+    frames = np.random.default_rng(0).normal(-4, 2, (sum(lengths), 4)).astype(np.float16)
+    segments = [audio_segment(part, TINY.audio) for part in np.split(frames, np.cumsum(lengths)[:-1])]
+    target = Segment(0, np.array([40], np.int32), np.zeros((1, 3), np.int32), is_target=True)
+    return weave([*segments, target], 0, 1, (1, 2, 3, 4), TINY.widths).window(0, sum(map(len, segments)) + 2)
+
+
+def test_media_that_differ_only_in_where_clips_end_are_not_one_group(folder):
+    """The same frames and as many tokens, cut into two clips elsewhere."""
+    documents = [clips_cut_at(5, 3), clips_cut_at(3, 5)]
+    assert len(documents[0]) == len(documents[1])
+    values = [value for value, _ in tiny_lm(folder)._score(documents, "score", True)]
+    model = load_model(folder)
+    expected = [direct_document(model, document)[0] for document in documents]
+    assert abs(expected[0] - expected[1]) > 1e-3
+    assert values == pytest.approx(expected, abs=1e-4)

@@ -1,7 +1,7 @@
 """Tiny models in folders, as a checkpoint's model/ is, and requests for them."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from lm_eval.api.instance import Instance
 from PIL import Image
 
+from omniloom.data.samples.files import write_mp4, write_wav
 from omniloom.evaluation.lm import OmniloomLM
-from omniloom.modality.config import ImageConfig, ModalityConfig
+from omniloom.modality.batch import MODEL_INPUTS, stack_rows
+from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
+from omniloom.modality.sequence import Document, lay_row
 from omniloom.modality.text import TextTokenizer, train_tokenizer
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
@@ -21,7 +24,12 @@ torch.set_num_threads(1)
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 CONTEXT_TOKENS = 32
-PICTURE_TOKENS = 4
+PICTURE_TOKENS, CLIP_TOKENS, VIDEO_TOKENS = 4, 3, 8
+TINY = ModalityConfig(
+    ImageConfig(size_pixels=4, patch_pixels=2),
+    AudioConfig(mels=4, frames_per_token=2),
+    VideoConfig(size_pixels=4, patch_pixels=2, frames_per_second=2),
+)
 LETTERS = "the cat sat on the mat and the dog sat on the log; what is shown here? red green blue "
 
 
@@ -29,7 +37,7 @@ def tokenizer() -> TextTokenizer:
     return train_tokenizer(iter([LETTERS * 4]), 300)
 
 
-def save_tiny(folder: Path, kind: str = "random", seed: int = 0) -> Path:
+def save_tiny(folder: Path, kind: str = "random", seed: int = 0, **changes: Any) -> Path:
     """A model folder: `random`; `uniform`, whose head is zero; `bigram`, whose layers add nothing."""
     text = tokenizer()
     torch.manual_seed(seed)
@@ -49,7 +57,11 @@ def save_tiny(folder: Path, kind: str = "random", seed: int = 0) -> Path:
         n_routed_experts=4,
         moe_intermediate_size=8,
         image_patch_pixels=2,
+        video_patch_pixels=2,
+        audio_mels=4,
+        audio_frames_per_token=2,
     )
+    config = replace(config, **changes)
     decoder = Decoder(config)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
@@ -58,13 +70,12 @@ def save_tiny(folder: Path, kind: str = "random", seed: int = 0) -> Path:
                 parameter.zero_()
     save_model(folder, config, decoder.state_dict())
     text.save(folder / "tokenizer.json")
-    modality = ModalityConfig(ImageConfig(size_pixels=4, patch_pixels=2))
-    (folder / "modality.json").write_text(json.dumps(asdict(modality)))
+    (folder / "modality.json").write_text(json.dumps(asdict(TINY)))
     return folder
 
 
-def tiny_lm(folder: Path, medium: Any = "kept", batch_tokens: int = 8_192) -> OmniloomLM:
-    return OmniloomLM(load_model(folder), batch_tokens, medium)
+def tiny_lm(folder: Path, control: Any = "kept", batch_tokens: int = 8_192) -> OmniloomLM:
+    return OmniloomLM(load_model(folder), batch_tokens, control)
 
 
 def ask(*arguments: Any, document: int = 0, task: str = "some_task", kind: Any = "loglikelihood") -> Instance:
@@ -83,6 +94,36 @@ def colourful(folder: Path, count: int) -> list[Path]:
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
     return paths
+
+
+def audible(folder: Path, count: int) -> list[Path]:
+    """Clips of noise, each of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number}.wav" for number in range(count)]
+    for number, path in enumerate(paths):
+        write_wav(path, np.random.default_rng(number).integers(-8_000, 8_000, 800), 16_000)
+    return paths
+
+
+def moving(folder: Path, count: int) -> list[Path]:
+    """Videos of noise, each of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        write_mp4(path, np.random.default_rng(number).integers(0, 256, (4, 16, 16, 3), np.uint8), 4)
+    return paths
+
+
+@torch.no_grad()
+def direct_document(model: Model, document: Document) -> tuple[float, bool]:
+    """The same of the targets of one woven document, media and all."""
+    fields = stack_rows([lay_row([(document, 0)], len(document), 0, TINY.widths)])
+    everywhere = torch.ones_like(fields["input_ids"], dtype=torch.bool)
+    output = model.decoder(**{name: fields[name] for name in MODEL_INPUTS}, predict_at=everywhere)
+    logprob = output.logits.double().log_softmax(-1)
+    targets = [(at, int(document.input_ids[at])) for at in np.flatnonzero(document.loss_mask)]
+    likeliest = all(int(logprob[at - 1].argmax()) == i for at, i in targets)
+    return sum(float(logprob[at - 1, i]) for at, i in targets), likeliest
 
 
 @torch.no_grad()

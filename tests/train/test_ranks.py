@@ -1,8 +1,11 @@
-"""Two real ranks: one has no picture, and nobody waits for ever."""
+"""Two real ranks: one has no medium of a kind, and nobody waits for ever."""
 
+import faulthandler
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +16,11 @@ from omniloom.cluster.config import ClusterConfig
 from omniloom.cluster.launch import run_on_ranks
 from omniloom.data.loader import Batch
 from omniloom.errors import ClusterError, DataError
-from omniloom.modality.sequence import IMAGE, TEXT, Document, lay_row
+from omniloom.modality.config import Widths
+from omniloom.modality.sequence import AUDIO, IMAGE, TEXT, VIDEO, Document, Segment, lay_row, weave
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
-from omniloom.train.config import TrainConfig, TrainingRun
+from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -33,66 +37,176 @@ TINY = ModelConfig(
     n_routed_experts=4,
     moe_intermediate_size=16,
     image_patch_pixels=2,
+    video_patch_pixels=2,
+    audio_mels=4,
+    audio_frames_per_token=2,
+    num_nextn_predict_layers=1,
+    embedding_conv_tokens=2,
 )
-SEQ_LEN, PATCH = 12, 12
+PATIENCE_S = 150  # of one rank for all its steps, on a machine that does other things too
+SEQ_LEN, WIDTHS = 48, Widths(12, 4, 12)
+MEDIA = ("image", "audio", "video")
+# Which media each of the two rows holds, by step: each missing on one rank, on the other, on both; with the others or
+# alone; all at once, and none.
+STEPS = [
+    *[(missing, MEDIA) for missing in [tuple(m for m in MEDIA if m != out) for out in MEDIA]],
+    *[(MEDIA, missing) for missing in [tuple(m for m in MEDIA if m != out) for out in MEDIA]],
+    *[(missing, missing) for missing in [tuple(m for m in MEDIA if m != out) for out in MEDIA]],
+    *[((medium,), ()) for medium in MEDIA],
+    *[((), (medium,)) for medium in MEDIA],
+    (MEDIA, MEDIA),
+    ((), ()),
+    ((), MEDIA),
+    (MEDIA, ()),
+]
 
 
-def document(seed: int, with_picture: bool) -> Document:
+def segment(kind: str, rng: np.random.Generator) -> Segment:
+    if kind == "image":
+        return Segment(IMAGE, patches(rng, 4), np.array([(0, r, c) for r in range(2) for c in range(2)], np.int32))
+    if kind == "video":
+        place = [(t, r, c) for t in range(2) for r in range(2) for c in range(2)]
+        return Segment(VIDEO, patches(rng, 8), np.array(place, np.int32))
+    frames = int(rng.integers(1, 8))
+    tokens = np.arange(-(-frames // TINY.audio_frames_per_token), dtype=np.int32)
+    place = np.stack([tokens, 0 * tokens, 0 * tokens], axis=1)
+    return Segment(AUDIO, rng.normal(-4, 2, (frames, 4)).astype(np.float16), place)
+
+
+def patches(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(0, 256, (count, 12)).astype(np.uint8)
+
+
+def text(rng: np.random.Generator, tokens: int, is_target: bool) -> Segment:
+    ids = rng.integers(5, 32, tokens).astype(np.int32)
+    return Segment(TEXT, ids, np.zeros((tokens, 3), np.int32), is_target)
+
+
+def document(kinds: tuple[str, ...], rng: np.random.Generator) -> Document:
+    """All of `kinds` in one document, text between and after them."""
+    media = [part for kind in kinds for part in (segment(kind, rng), text(rng, 2, False))]
+    return weave([text(rng, 2, True), *media, text(rng, 4, True)], 1, 0, (0, 2, 3, 4), WIDTHS)
+
+
+def row(kinds: tuple[str, ...], seed: int) -> Any:
+    """A packed row: one document of all of `kinds`, and one of text."""
     rng = np.random.default_rng(seed)
-    media = 4 if with_picture else 0
-    modality = np.array([TEXT] * 3 + [IMAGE] * media + [TEXT] * (SEQ_LEN - 3 - media), np.uint8)
-    position = np.zeros((SEQ_LEN, 3), np.int32)
-    position[3 : 3 + media] = [(0, r, c) for r in range(2) for c in range(2)] if with_picture else 0
-    return Document(
-        input_ids=rng.integers(5, 32, SEQ_LEN).astype(np.int32),
-        modality=modality,
-        position=position,
-        loss_mask=(modality == TEXT).astype(np.uint8),
-        image=rng.integers(0, 256, (media, PATCH)).astype(np.uint8),
-    )
+    return lay_row([(document(kinds, rng), 0), (document((), rng), 1)], SEQ_LEN, 0, WIDTHS)
 
 
-def steps(arguments: tuple[str, int, list[list[bool]]]) -> None:
-    """Runs on every rank: three steps over one global batch of two rows; each rank writes what it ended with."""
-    from omniloom.train.engine import Engine, shut_down
+@dataclass
+class Job:
+    """What each rank is told."""
+
+    folder: str
+    zero_stage: int
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2, eps=1e-4))
+    steps: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=lambda: STEPS)
+
+
+def train_on_rows(job: Job) -> None:
+    """Runs on every rank: a step for each global batch of two rows; the ranks write what they ended with."""
+    import omniloom.train.engine as engines
     from omniloom.train.step import training_step
 
-    folder, zero_stage, pictures_by_step = arguments
-    run = TrainingRun(model=TINY, train=TrainConfig(steps=3, global_batch_size=2, micro_batch_size=1))
-    run.parallel.zero_stage = zero_stage
+    # A collective waits half an hour, and pytest's own timeout cannot reach a worker: one that hangs ends itself.
+    faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=sys.__stderr__)
+    ours = engines.deepspeed_config
+
+    def partitioned(run: TrainingRun, ranks: int) -> dict[str, Any]:
+        # By default ZeRO 3 keeps small parameters whole on every rank: all of a tiny model's.
+        answer = ours(run, ranks)
+        if job.zero_stage == 3:
+            answer["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return answer
+
+    engines.deepspeed_config = partitioned
+    train = TrainConfig(steps=len(job.steps), global_batch_size=2, micro_batch_size=1)
+    run = TrainingRun(model=TINY, train=train, optimizer=job.optimizer)
+    run.parallel.zero_stage = job.zero_stage
     torch.manual_seed(0)
     model = Decoder(TINY)
-    engine = Engine(model, run)
-    losses = []
-    for step, pictures in enumerate(pictures_by_step):
-        rows = [lay_row([(document(10 * step + i, p), 0)], SEQ_LEN, 0, PATCH) for i, p in enumerate(pictures)]
+    engine = engines.Engine(model, run)
+    held = [
+        p.ds_tensor.numel() < p.ds_numel for p in model.parameters() if hasattr(p, "ds_tensor") and not p.ds_persist
+    ]
+    losses, rates = [], []
+    for step, kinds in enumerate(job.steps):
+        rows = [row(kinds[i], 10 * step + i) for i in range(2)]
         share = len(rows) // engine.ranks
         mine = [Batch([row]) for row in rows[engine.rank * share : (engine.rank + 1) * share]]
-        result = training_step(engine, model, mine, torch.ones(1), run.train, lr=1e-2)
-        losses.append([result.next_token, result.balance, result.grad_norm])
+        rate = (step + 1) / len(job.steps)
+        result = training_step(engine, model, mine, torch.tensor([1.0, 0.5]), run.train, rate)
+        losses.append([result.next_token, result.mtp, result.balance, result.grad_norm])
+        rates.append([group["lr"] for group in engine._engine.optimizer.param_groups])
     weights = {name: tensor.float().tolist() for name, tensor in engine.weights().items()}
-    if weights:
-        answer = {"losses": losses, "weights": weights}
-        Path(folder, f"{engine.ranks}_{engine.rank}.json").write_text(json.dumps(answer))
-    shut_down()
+    if engine.rank == 0:
+        answer = {"losses": losses, "rates": rates, "weights": weights, "parameters_in_parts": sum(held)}
+        Path(job.folder, f"{engine.ranks}.json").write_text(json.dumps(answer))
+    engines.shut_down()
+    faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.mark.timeout(200)
+def on_ranks(ranks: int, job: Job) -> dict[str, Any]:
+    run_on_ranks(train_on_rows, job, ClusterConfig(workers=ranks))
+    return json.loads(Path(job.folder, f"{ranks}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one rank learns from all rows."""
+    return on_ranks(1, Job(str(tmp_path_factory.mktemp("alone")), 1))
+
+
+def test_each_medium_is_missing_in_turn() -> None:
+    """On rank 0, on rank 1 and on both, with others present and without; and clips never have one length."""
+    for medium in MEDIA:
+        seen = {(medium in left, medium in right) for left, right in STEPS}
+        assert seen == {(True, True), (True, False), (False, True), (False, False)}
+        assert ((medium,), ()) in STEPS
+        assert tuple((tuple(m for m in MEDIA if m != medium),) * 2) in STEPS
+    several = row(MEDIA, 0)
+    assert {len(several.image), len(several.video), len(several.audio_frames)} == {4, 8, 1}
+    assert len({int(row(MEDIA, seed).audio_frames[0]) for seed in range(12)}) > 3
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_a_rank_without_a_picture_does_not_hang_the_other(zero_stage: int, ray_cluster: None, tmp_path: Path) -> None:
-    """First only rank 0 has a picture, then only rank 1, then nobody; both ranks agree with one rank alone."""
-    pictures = [[True, False], [False, True], [False, False]]
-    for ranks in (1, 2):
-        run_on_ranks(steps, (str(tmp_path), zero_stage, pictures), ClusterConfig(workers=ranks))
-    alone = json.loads((tmp_path / "1_0.json").read_text())
-    together = json.loads((tmp_path / "2_0.json").read_text())
-    np.testing.assert_allclose(alone["losses"], together["losses"], rtol=1e-4)
+def test_a_rank_without_a_medium_does_not_hang_the_other(
+    zero_stage: int, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two ranks agree with one rank alone, whichever medium is missing on which."""
+    together = on_ranks(2, Job(str(tmp_path), zero_stage))
+    np.testing.assert_allclose(alone["losses"], together["losses"], rtol=1e-4, atol=1e-7)
+    assert together["weights"].keys() == alone["weights"].keys()
     for name, weights in alone["weights"].items():
         np.testing.assert_allclose(weights, together["weights"][name], rtol=1e-3, atol=1e-5, err_msg=name)
+    if zero_stage == 3:
+        assert together["parameters_in_parts"] > 20, "nothing was partitioned: the test shows nothing"
+
+
+def test_every_encoder_and_the_mtp_module_learned(alone: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    drawn = Decoder(TINY).embedding.image.patch_proj.weight.tolist()
-    learned = np.abs(np.array(together["weights"]["embedding.image.patch_proj.weight"]) - np.array(drawn))
-    assert learned.max() > 1e-3, "the encoder learned nothing from the pictures that one rank had"
+    drawn = {name: tensor.numpy() for name, tensor in Decoder(TINY).state_dict().items()}
+    moved = {name: np.abs(np.array(alone["weights"][name]) - drawn[name]).max() for name in drawn}
+    for part in ("media.image.", "media.audio.", "media.video.", "embed_convolution.", "mtp.0."):
+        mine = [moved[name] for name in moved if name.startswith(part) and not name.endswith("bias_E")]
+        assert mine
+        assert min(mine) > 1e-3, f"some of {part} learned nothing"
+
+
+@pytest.mark.timeout(300)
+def test_muon_learns_alike_on_one_rank_and_two_and_both_groups_follow_the_schedule(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    optimizer = OptimizerConfig(kind="muon", lr=1e-2, muon_lr=5e-2, eps=1e-4)
+    one, two = (on_ranks(ranks, Job(str(tmp_path), 0, optimizer, STEPS[:4] * 5)) for ranks in (1, 2))
+    np.testing.assert_allclose(one["losses"], two["losses"], rtol=2e-2, atol=1e-4)  # Newton-Schulz rounds to bf16
+    for step, rates in enumerate(one["rates"]):
+        share = (step + 1) / 20
+        assert set(np.round(rates, 12)) == {round(1e-2 * share, 12), round(5e-2 * share, 12)}, step
+    losses = [loss for loss, *_ in one["losses"]]
+    assert all(np.isfinite(losses))
 
 
 def platform_version(folder: str) -> None:

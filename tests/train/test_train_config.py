@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from omniloom.data.config import PhaseConfig
+from omniloom.data.shards import Index, ShardRecord, SourceRecord
 from omniloom.errors import ConfigError
+from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.train.config import TrainConfig, TrainingRun
 
 
@@ -58,6 +61,16 @@ def test_a_sound_run_passes():
         ({"optimizer__lr": 0.0}, ["optimizer.lr=0.0", "above 0"]),
         ({"optimizer__lr": float("nan")}, ["optimizer.lr=nan", "above 0"]),
         ({"optimizer__lr": float("inf")}, ["optimizer.lr=inf", "above 0"]),
+        ({"optimizer__muon_lr": 0.0}, ["optimizer.muon_lr=0.0", "above 0"]),
+        ({"optimizer__kind": "moun"}, ["optimizer.kind=moun", "did you mean 'muon'"]),
+        ({"optimizer__kind": "muon"}, ["train.gradient_clipping=0", "it is 1.0", "parallel.zero_stage=0"]),
+        (
+            {"optimizer__kind": "muon", "parallel__zero_stage": 2, "train__gradient_clipping": 0.5},
+            ["train.gradient_clipping=0", "it is 0.5", "parallel.zero_stage=0"],
+        ),
+        ({"model__num_nextn_predict_layers": -1}, ["model.num_nextn_predict_layers=-1"]),
+        ({"model__audio_frames_per_token": 3}, ["model.audio_frames_per_token=3", "2, 4, 8"]),
+        ({"data__phases": [PhaseConfig(8, {}), PhaseConfig(8, {})]}, ["data.phases", "from_sample=8 must be over 8"]),
         ({"train__precision": "bf61"}, ["train.precision=bf61", "did you mean 'bf16'"]),
         ({"track__wandb": "ofline"}, ["track.wandb=ofline", "did you mean 'offline'"]),
         ({"model__num_experts_per_tok": 9}, ["model.num_experts_per_tok=9", "model.n_routed_experts=8"]),
@@ -68,6 +81,64 @@ def test_a_contradiction_is_refused_with_its_keys_and_both_figures(changes, said
         changed(**changes).check_run(ranks=2)
     for part in said:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("zero_stage", "clipping"), [(0, 1.0), (3, 1.0), (0, 0.0), (1, 0.0), (2, 0.0)])
+def test_muon_passes_where_it_learns(zero_stage, clipping):
+    changes = {"optimizer__kind": "muon", "parallel__zero_stage": zero_stage, "train__gradient_clipping": clipping}
+    changed(**changes).check_run(ranks=2)
+
+
+def index_of(image=0, audio=0, video=0, modality=None) -> Index:
+    """A corpus with so many tokens of each medium, over two shards."""
+    tokens = [{"image": image, "audio": audio, "video": video}, {"image": 0, "audio": 0, "video": 0}]
+    shards = [ShardRecord("a.arrow", "a", "train", "", "", 0, 1, 100, media, []) for media in tokens]
+    return Index("", 300, modality or ModalityConfig(), [SourceRecord("a", 1.0, 1.0)], shards, [])
+
+
+def test_a_model_that_reads_every_medium_of_the_corpus_passes():
+    sound_run().check_index(index_of(image=4, audio=5, video=6))
+    sound_run().check_index(index_of())
+
+
+@pytest.mark.parametrize(
+    ("medium", "key", "value"),
+    [("image", "image_patch_pixels", 14), ("video", "video_patch_pixels", 14), ("audio", "audio_mels", 80)],
+)
+def test_a_medium_without_an_encoder_is_named_with_its_count_and_key(medium, key, value):
+    run = changed(**{f"model__{key}": None})
+    with pytest.raises(ConfigError) as caught:
+        run.check_index(index_of(**{medium: 12_345}))
+    for part in (f"12,345 tokens of {medium}", "no encoder", f"set model.{key}={value}"):
+        assert part in str(caught.value)
+    others = {name: 5 for name in ("image", "audio", "video") if name != medium}
+    run.check_index(index_of(**others))
+
+
+@pytest.mark.parametrize(
+    ("medium", "key", "value", "modality"),
+    [
+        ("image", "image_patch_pixels", 14, ModalityConfig(image=ImageConfig(224, 16))),
+        ("video", "video_patch_pixels", 14, ModalityConfig(video=VideoConfig(224, 16))),
+        ("audio", "audio_mels", 80, ModalityConfig(audio=AudioConfig(mels=16))),
+        ("audio", "audio_frames_per_token", 4, ModalityConfig(audio=AudioConfig(frames_per_token=16))),
+    ],
+)
+def test_an_encoder_of_another_size_than_the_corpus_is_refused_with_both(medium, key, value, modality):
+    with pytest.raises(ConfigError) as caught:
+        sound_run().check_index(index_of(**{medium: 9}, modality=modality))
+    for part in (f"{medium}: ", f"{key}=16", f"the model reads {value}", f"set model.{key}=16"):
+        assert part in str(caught.value)
+
+
+def test_sizes_of_an_encoder_that_is_not_there_are_nobodys_concern():
+    run = changed(model__audio_mels=None)
+    run.check_index(index_of(image=4, modality=ModalityConfig(audio=AudioConfig(frames_per_token=16))))
+
+
+def test_a_larger_vocabulary_than_the_models_is_refused_with_both():
+    with pytest.raises(ConfigError, match=r"300 ids, the model embeds 299: set model\.vocab_size=300"):
+        changed(model__vocab_size=299).check_index(index_of())
 
 
 def test_the_three_batch_terms_and_what_follows_from_them():

@@ -72,3 +72,13 @@ def test_deepspeed_gets_torchs_adamw_with_our_figures():
     assert section["params"]["torch_adam"] is True
     assert (section["params"]["lr"], section["params"]["eps"], section["params"]["weight_decay"]) == (1e-3, 1e-6, 0.2)
     assert list(section["params"]["betas"]) == [0.8, 0.9]
+
+
+def test_deepspeed_gets_muon_with_both_rates():
+    section = deepspeed_section(
+        OptimizerConfig(kind="muon", lr=1e-3, muon_lr=0.03, muon_momentum=0.9, weight_decay=0.2)
+    )
+    assert section["type"] == "Muon"
+    params = section["params"]
+    assert (params["lr"], params["muon_lr"], params["momentum"], params["weight_decay"]) == (1e-3, 0.03, 0.9, 0.2)
+    assert params["torch_adam"] is True

@@ -91,14 +91,15 @@ def _evaluate(item: Item, model: Model) -> Scores:
     if answer is None or item.task not in answer["results"]:
         raise DataError(f"lm-eval gave no result for task {item.task}")
     samples = [sample for group in answer["samples"].values() for sample in group]
-    every = max(1, len(samples) // SAMPLES_KEPT)
+    # No whole stride: it would show one answer alone where answers take turns.
+    kept = sorted({i * len(samples) // SAMPLES_KEPT for i in range(SAMPLES_KEPT)})
     return Scores(
         item.task,
         item.variant,
         len(samples),
         _metrics(answer["results"][item.task]) | _cells(samples),
         _chance(samples),
-        [_sample(sample) for sample in samples[::every]],
+        [_sample(samples[i]) for i in kept],
     )
 
 

@@ -28,21 +28,21 @@ YES_NO = ["yes", "no"]
 VIDEO_PIXELS, DIGIT_PIXELS, VIDEO_FRAMES, VIDEO_RATE = 32, 16, 16, 8
 TAKES = 2  # of each spoken digit by each voice
 VARIANTS = 2  # of each training picture
-MATCHING_DOCUMENTS, MATCHING_QUESTIONS = 8_000, 400
+MATCHING_DOCUMENTS, MATCHING_QUESTIONS = 9_000, 400
 VIDEO_QUESTIONS = 240
 HELDOUT_NEEDLES = 60  # documents of each length
 RULER_VOCABULARY = 1_280
-PARTS = 4  # files of each source: as many workers can read them
+PARTS = 2  # files of each source: as many workers can read them
 
 # Shares of the training tokens, and the weight of each target in the loss: a medium's one answer a document would
 # drown among the targets of the text.
 WEIGHTS = {
-    "topics": (0.33, 1.0),
+    "topics": (0.31, 1.0),
     "digits": (0.04, 10.0),
     "speech": (0.03, 10.0),
-    "videos": (0.16, 15.0),
-    "matching": (0.16, 10.0),
-    **{f"needles_{length}": (0.07, 4.0) for length in DOCUMENTS},
+    "videos": (0.18, 15.0),
+    "matching": (0.18, 15.0),
+    **{f"needles_{length}": (0.065, 4.0) for length in DOCUMENTS},
 }
 
 
