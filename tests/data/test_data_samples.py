@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -546,7 +547,7 @@ from omniloom.data.samples.speech import Speaker, spoken_digits
 folder = Path(sys.argv[1])
 folder.mkdir()
 speaker = Speaker(0)
-voices = speaker.voices()[::50][:2]
+voices = ["Alicia", "Demonic", "f2", "f3", "f5", "sandro", "shelby", "victor"]  # breathy: they draw noise
 for number, (voice, digit, samples) in enumerate(spoken_digits(speaker, voices, 2, seed=1)):
     write_wav(folder / f"{voice}-{digit}-{number}.wav", samples, speaker.sample_rate)
 digit = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
@@ -555,9 +556,10 @@ for direction in ("left", "up"):
 """
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, capture_output=True)
+        time.sleep(1)  # whatever is seeded by the clock counts its seconds
     one, two = snapshot(tmp_path / "one"), snapshot(tmp_path / "two")
-    assert len(one) == 42
-    assert len(set(one.values())) > 40
+    assert len(one) == 162
+    assert len(set(one.values())) > 155
     assert [name for name in one if one[name] != two[name]] == []
 
 

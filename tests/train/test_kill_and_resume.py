@@ -55,7 +55,7 @@ def test_the_same_command_continues_bit_for_bit(victim: str, unbroken: Path) -> 
     assert start(unbroken, victim).wait(timeout=240) == 0, (unbroken / f"{victim}.log").read_text()[-2000:]
     after, before = metrics(unbroken, victim), metrics(unbroken, "unbroken")
     assert [line["step"] for line in after] == list(range(1, 401))
-    for key in ("loss/next_token", "loss/balance", "grad_norm", "batch_hash", "tokens"):
+    for key in ("loss/next_token", "loss/mtp", "loss/balance", "grad_norm", "batch_hash", "tokens"):
         assert [line[key] for line in after] == [line[key] for line in before], key
     starts = [json.loads(line) for line in (unbroken / "runs" / victim / "events.jsonl").read_text().splitlines()]
     resumed = [event["step"] for event in starts if event["event"] == "start"]

@@ -93,8 +93,8 @@ def test_the_loss_is_the_literal_sum_with_each_depth_of_mtp(depths: int, micro: 
 
     engine = OneRank(model)
     result = training_step(engine, model, batches(micro), WEIGHTS, QUIET, rate_share=0.7)
-    assert result.next_token == pytest.approx(float(expected[0]), rel=1e-5)
-    assert result.mtp == (pytest.approx(float(sum(expected[1:])) / depths, rel=1e-5) if depths else None)
+    assert result.next_token == pytest.approx(expected[0].item(), rel=1e-5)
+    assert result.mtp == (pytest.approx(sum(expected[1:]).item() / depths, rel=1e-5) if depths else None)
     assert engine.rate_share == 0.7
     assert result.tokens == sum(len(held) for pieces in rows_of_pieces() for held, _ in pieces)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -139,5 +139,5 @@ def test_a_batch_without_a_target_has_no_loss_and_no_division_by_zero() -> None:
 def test_validation_is_the_next_token_loss_without_mtp() -> None:
     model = decoder(2)
     losses = validation_loss(OneRank(model), [[batch] for batch in batches(2)], WEIGHTS, ["a", "b", "c"])
-    assert losses["val/loss"] == pytest.approx(float(literal_loss(model, 1)), rel=1e-5)
+    assert losses["val/loss"] == pytest.approx(literal_loss(model, 1).item(), rel=1e-5)
     assert losses.keys() == {"val/loss", "val/loss/a", "val/loss/b", "val/loss/c"}
