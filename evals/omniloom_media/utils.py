@@ -7,9 +7,12 @@ import datasets
 
 from omniloom.errors import DataError, did_you_mean
 from omniloom.evaluation.files import read_files
+from omniloom.evaluation.media import PLACEHOLDERS
 
 KEYS = ("segments", "choices", "answer")
-SEEN, HEARD = ("image", "video"), ("audio",)
+SEEN, HEARD = (
+    tuple(kind for kind, held_by in PLACEHOLDERS.values() if held_by == argument) for argument in ("visual", "audio")
+)
 KINDS = ("text", *SEEN, *HEARD)
 
 
@@ -60,7 +63,7 @@ def segment(where, entry, folder):
     if kind not in KINDS:
         raise DataError(f"{where}: unknown segment {kind}; {did_you_mean(kind, KINDS)}")
     if kind == "text":
-        for placeholder in (f"<{medium}>" for medium in (*SEEN, *HEARD)):
+        for placeholder in PLACEHOLDERS:
             if placeholder in content:
                 raise DataError(f"{where}: a text holds {placeholder}, which stands for a medium in prompts")
         return kind, content

@@ -12,7 +12,7 @@ JOBS = {
     "evaluate": "run_evals.py",
 }
 HELP = """\
-omniloom: text and pictures in one token sequence, a sparse transformer trained on it, and its scores
+omniloom: text, images, audio and video in one token sequence, a sparse transformer trained on it, its scores
 
 usage: omniloom VERB [key=value …]
 

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import SPLITS, Manifest, SourceSpec, Split
 from omniloom.errors import DataError, did_you_mean
+from omniloom.modality.sequence import MODALITIES
 
 UNIT_BYTES = 1 << 20  # files are gathered into units of about this size; one unit becomes one shard
-CONTENT_KEYS = ("text", "image", "audio", "video")
-SEGMENT_KEYS = (*CONTENT_KEYS, "loss")
+SEGMENT_KEYS = (*MODALITIES, "loss")
 REASON_CHARACTERS = 200
 MOST_SOURCES = 256  # the `source` field is one byte
 
@@ -174,9 +174,9 @@ def _segment(entry: Any, folder: Path) -> RawSegment:
     unknown = [key for key in entry if key not in SEGMENT_KEYS]
     if unknown:
         raise ValueError(f"unknown key {unknown[0]}; {did_you_mean(unknown[0], SEGMENT_KEYS)}")
-    kinds = [key for key in CONTENT_KEYS if key in entry]
+    kinds = [key for key in MODALITIES if key in entry]
     if len(kinds) != 1:
-        raise ValueError(f"a segment is one of {', '.join(CONTENT_KEYS)}")
+        raise ValueError(f"a segment is one of {', '.join(MODALITIES)}")
     kind, content = kinds[0], entry[kinds[0]]
     is_target = entry.get("loss", kind == "text")
     if not isinstance(is_target, bool):

@@ -28,9 +28,8 @@ def read_audio(data: bytes, config: AudioConfig) -> Segment:
     Raises DataError for a file that is too large or long, of another format or broken, shorter than a window, silent.
     """
     samples = decode(data, config)
-    window = config.sample_rate * config.window_ms // 1_000
-    if len(samples) < window:
-        raise DataError(f"clip of {len(samples)} samples is shorter than one window of {window}")
+    if len(samples) < config.window_samples:
+        raise DataError(f"clip of {len(samples)} samples is shorter than one window of {config.window_samples}")
     if not np.isfinite(samples).all():
         raise DataError("clip with samples that are no numbers")
     if np.abs(samples).max() < SILENCE:
@@ -71,8 +70,7 @@ def log_mel(samples_S: np.ndarray, config: AudioConfig) -> np.ndarray:
     scale and area norm; no normalisation per clip. Source: Whisper's framing (Radford et al. 2022, section 2.2), which
     is the reading of the speech encoders in use.
     """
-    window = config.sample_rate * config.window_ms // 1_000
-    hop = config.sample_rate * config.hop_ms // 1_000
+    window, hop = config.window_samples, config.hop_samples
     padded = np.pad(samples_S.astype(np.float64), window // 2, mode="reflect")
     frames_FW = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][: len(samples_S) // hop]
     hann_W = np.hanning(window + 1)[:-1]  # periodic

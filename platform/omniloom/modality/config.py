@@ -49,6 +49,16 @@ class AudioConfig:
     limit_bytes: int = 50_000_000
     limit_seconds: int = 300
 
+    @property
+    def window_samples(self) -> int:
+        """Samples of one window."""
+        return self.sample_rate * self.window_ms // 1_000
+
+    @property
+    def hop_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return self.sample_rate * self.hop_ms // 1_000
+
     def tokens(self, frames: int) -> int:
         """Tokens of a clip of `frames` frames; the last one may stand on fewer."""
         return -(-frames // self.frames_per_token)
@@ -97,10 +107,10 @@ class ModalityConfig:
                     f"modality.audio.{key}={getattr(audio, key)} is no whole number of samples at "
                     f"modality.audio.sample_rate={audio.sample_rate}"
                 )
-        if audio.sample_rate * audio.window_ms // 1_000 % 2:
+        if audio.window_samples % 2:
             raise ConfigError(
                 f"a centred window needs an even number of samples: modality.audio.window_ms={audio.window_ms} has "
-                f"{audio.sample_rate * audio.window_ms // 1_000} at modality.audio.sample_rate={audio.sample_rate}"
+                f"{audio.window_samples} at modality.audio.sample_rate={audio.sample_rate}"
             )
         if audio.window_ms < audio.hop_ms:
             raise ConfigError(
