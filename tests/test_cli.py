@@ -101,6 +101,13 @@ def test_hydra_prints_the_configuration(tmp_path: Path) -> None:
     assert "hidden_size: 32" in answer.stdout
 
 
+@pytest.mark.parametrize("word", ["data.weights={words: 0.5}", "data.weights.words=0.5"])
+def test_a_free_mapping_is_set_whole_or_by_key(word: str, tmp_path: Path) -> None:
+    answer = omniloom("train", "--cfg", "job", "experiment=smoke", word, folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "  weights:\n    words: 0.5\n" in answer.stdout
+
+
 def test_a_job_run_by_path_is_its_verb(tmp_path: Path) -> None:
     script = REPOSITORY / "jobs" / "pretrain.py"
     words = [sys.executable, str(script), "--cfg", "job", "experiment=smoke"]
