@@ -208,6 +208,23 @@ def test_the_needles_answers_are_scored_after_their_prompt(long_model, files, te
         assert sample["given"] == (sample["answer"] if likeliest else None)
 
 
+def test_an_answer_follows_its_question_after_a_space_as_in_training(long_model, files, monkeypatch):
+    """lm-eval joins the two as they stand: without the space, other tokens than the learned ones were scored."""
+    from omniloom.evaluation import lm
+
+    asked = []
+    real = lm.OmniloomLM.loglikelihood
+
+    def noted(self, requests, disable_tqdm=False):
+        asked.extend(request.args for request in requests)
+        return real(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(lm.OmniloomLM, "loglikelihood", noted)
+    evaluate_item(Item("needle", "kept", str(long_model), needle_args(files), str(EVALS)))
+    made = needle_items([TEXT], long_model, Grid(lengths=[64, 96], depths=[0.0, 0.5, 1.0], per_cell=3))
+    assert asked == [(item["prompt"], f" {item['answer']}") for item in made]
+
+
 def test_a_cell_of_one_item_has_no_standard_error(long_model, files):
     grid = needle_args(files, per_cell=1)
     result = evaluate(load_model(long_model), ["needle"], EVALS, task_args={"needle": grid})["needle"]

@@ -59,6 +59,16 @@ def test_one_and_four_needles_take_turns(items):
     assert Counter(len(FACT.findall(item["prompt"])) for item in items if item["length"] >= 256) == {1: 100, 4: 100}
 
 
+def test_the_facts_take_at_most_half_of_the_text(items, text):
+    crowded = Counter()
+    for item in items:
+        facts = [match.group(0) for match in FACT.finditer(item["prompt"])]
+        if len(facts) > 1:
+            assert 2 * len(text.encode(" ".join(facts))) <= item["length"], item
+        crowded[item["length"], len(facts)] += 1
+    assert sum(n for (length, facts), n in crowded.items() if facts > 1) > 100
+
+
 def test_the_asked_fact_stands_at_its_depth(items):
     """The share of the haystack's words before it, the other facts left out."""
     for item in items:

@@ -22,7 +22,8 @@ class Grid:
     lengths: list[int] = field(default_factory=list)  # tokens of prompt and answer; empty: 64, 128, … up to the context
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0 is the beginning
     per_cell: int = 20
-    needles: list[int] = field(default_factory=lambda: [1, 4])  # facts of an item, in turn; one of them is asked
+    # Facts of an item, in turn, fewer where they would fill over half of it; one of them is asked.
+    needles: list[int] = field(default_factory=lambda: [1, 4])
     digits: int = 4
     needle: str = "The code of {key} is {value}."
     question: str = "What is the code of {key}?"
@@ -108,7 +109,8 @@ def _item(
     def tokens(count: int) -> int:
         return 1 + len(tokenizer.encode(prompt(count) + f" {facts[keys[0]]}"))  # 1: bos
 
-    while others and tokens(4) > length:  # a short text holds fewer
+    # A haystack is hay: the facts take at most half of it, so that a short one holds fewer.
+    while others and 2 * len(tokenizer.encode(" ".join([asked, *others]))) > length:
         others.pop()
         places.pop()
     if tokens(0) > length:
