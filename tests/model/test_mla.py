@@ -7,7 +7,7 @@ import torch
 from tiny_decoders import enliven, tiny_config
 from torch import Tensor
 
-from omniloom.model.attention import attend, causal_document_mask
+from omniloom.model.attention import attend, document_lengths
 from omniloom.model.config import ModelConfig
 from omniloom.model.mla import LatentAttention
 from omniloom.model.position import log_scale, rope_table, running_index
@@ -87,7 +87,7 @@ def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_he
     index = running_index(document)
     table = rope_table(index, config.qk_rope_head_dim, config.rope_theta)
     scale = log_scale(index, scale_tokens) if scale_tokens else None
-    out = module(hidden, table, causal_document_mask(document), scale).double()
+    out = module(hidden, table, document_lengths(document), scale).double()
     expected = torch.stack(
         [literal_attention(module, config, hidden[row].double(), DOCUMENTS[row], scale_tokens) for row in range(2)]
     )
@@ -95,11 +95,9 @@ def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_he
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_the_mask_lets_a_query_see_its_own_document_up_to_itself():
-    documents = torch.tensor([[0, 0, 1, 1, -1]])
-    seen = causal_document_mask(documents)[0, 0]
-    expected = [[bool(s <= t and documents[0, s] == documents[0, t]) for s in range(5)] for t in range(5)]
-    assert seen.tolist() == expected
+def test_lengths_are_those_of_the_runs_row_after_row():
+    documents = torch.tensor([[0, 0, 1, 1, -1], [1, 1, 1, 1, 1], [4, 5, 6, -1, -1]])
+    assert document_lengths(documents) == [2, 2, 1, 5, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("value_width", [3, 8, 13])
@@ -107,9 +105,10 @@ def test_attend_takes_values_narrower_and_wider_than_keys_and_gives_their_gradie
     generator = torch.Generator().manual_seed(2)
     query, key = torch.randn(2, 2, 5, 2, 8, generator=generator)
     value = torch.randn(2, 5, 2, value_width, generator=generator, requires_grad=True)
-    visible = causal_document_mask(torch.zeros(2, 5, dtype=torch.long))
+    documents = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 2, 2, 2]])
+    visible = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
     scale = 0.7
-    out = attend(query, key, value, visible, scale)
+    out = attend(query, key, value, document_lengths(documents), scale)
     scores = torch.einsum("bthd,bshd->bhts", query, key) * scale
     shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     expected = torch.einsum("bhts,bshd->bthd", shares, value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniloom.model.attention import causal_document_mask
+from omniloom.model.attention import document_lengths
 from omniloom.model.config import ModelConfig
 from omniloom.model.embedding import MediaEncoders
 from omniloom.model.layers import LocalConvolution, SwiGLU, initialise
@@ -33,7 +33,7 @@ class Where(NamedTuple):
     """What every layer must know of the tokens' places."""
 
     rope: Tensor  # (B, T, 1, R/2)
-    visible_B1TT: Tensor
+    lengths: list[int]  # of the documents, row after row
     query_scale_BT: Tensor | None
     is_token_BT: Tensor  # padding is none
 
@@ -54,9 +54,7 @@ class Layer(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, hidden_BTD: Tensor, where: Where) -> tuple[Tensor, RouterOutput | None]:
-        attended = self.self_attn(
-            self.input_layernorm(hidden_BTD), where.rope, where.visible_B1TT, where.query_scale_BT
-        )
+        attended = self.self_attn(self.input_layernorm(hidden_BTD), where.rope, where.lengths, where.query_scale_BT)
         hidden_BTD = hidden_BTD + F.dropout(attended, self.dropout, self.training)
         normed = self.post_attention_layernorm(hidden_BTD)
         router = None
@@ -129,7 +127,7 @@ class Decoder(nn.Module):
         scale_tokens = self.config.attention_log_scale_tokens
         where = Where(
             rope=rope_table(index_BT, self.config.qk_rope_head_dim, self.config.rope_theta),
-            visible_B1TT=causal_document_mask(document),
+            lengths=document_lengths(document),
             query_scale_BT=log_scale(index_BT, scale_tokens) if scale_tokens else None,
             is_token_BT=document >= 0,
         )

@@ -43,9 +43,9 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=False)
 
     def forward(
-        self, hidden_BTD: Tensor, rope_table: Tensor, visible_B1TT: Tensor, query_scale_BT: Tensor | None = None
+        self, hidden_BTD: Tensor, rope_table: Tensor, lengths: list[int], query_scale_BT: Tensor | None = None
     ) -> Tensor:
-        """`query_scale_BT` multiplies each position's queries (`position.log_scale`)."""
+        """`lengths`: the documents' in tokens; `query_scale_BT` multiplies the queries (`position.log_scale`)."""
         query = self.q_proj(hidden_BTD).unflatten(-1, (self.heads, self.nope + self.rope))
         query_nope, query_rope = query.split([self.nope, self.rope], dim=-1)  # q_C, q_R
 
@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
             query,
             torch.cat([key_nope, key_rope], dim=-1),
             value,
-            visible_B1TT,
+            lengths,
             scale=(self.nope + self.rope) ** -0.5,
         )
         return self.o_proj(attended.flatten(-2))

@@ -10,12 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def document_starts(document_BT: Tensor) -> Tensor:
+    """Where a row begins or its document changes, bool (B, T)."""
+    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return starts_BT
+
+
 def running_index(document_BT: Tensor) -> Tensor:
     """Index of each token within its own document, int64 (B, T): 0, 1, 2, … and again 0 where the document changes."""
     index_T = torch.arange(document_BT.shape[1], device=document_BT.device)
-    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    start_BT = torch.where(starts_BT, index_T, 0).cummax(dim=1).values
+    start_BT = torch.where(document_starts(document_BT), index_T, 0).cummax(dim=1).values
     return index_T - start_BT
 
 
