@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def test_every_sample_document_can_be_used(
         assert not [raw.problem for raw in read if raw.problem]
         assert all(part.content.is_file() for raw in read for part in raw.segments if isinstance(part.content, Path))
         for raw in read[:: max(1, len(read) // 5)]:
-            document = weave_document(raw, tokenizers[kind], sizes)
+            document = weave_document(raw, tokenizers[kind], sizes, partial(read_media_file, config=sizes))
             assert document.loss_mask.any()
             present = {MODALITIES[number] for number in np.unique(document.modality)}
             assert present == {"text"} | {part.kind for part in raw.segments}
@@ -148,11 +149,12 @@ def test_the_demos_rows_hold_every_document_with_media(
 ) -> None:
     """None is longer than a row of the experiment, so none is left out of the training in silence."""
     experiment = yaml.safe_load((REPOSITORY / "conf/experiment/demo.yaml").read_text())
+    sizes = configuration("demo").modality
     for unit in units_of(samples["demo"]):
         if unit.format == "interleaved":
             read = [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
             largest = max(read, key=lambda raw: len(raw.segments))
-            document = weave_document(largest, tokenizers["demo"], configuration("demo").modality)
+            document = weave_document(largest, tokenizers["demo"], sizes, partial(read_media_file, config=sizes))
             assert len(document) <= experiment["data"]["seq_len"], largest.name
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import av
@@ -53,7 +54,7 @@ def same(left: Document, right: Document) -> bool:
 
 def woven(unit: Unit, corpus: Path) -> list[Document]:
     tokenizer = load_tokenizer(corpus / "tokenizer.json")
-    return [weave_document(raw, tokenizer, TINY) for raw in raw_documents(unit)]
+    return [weave_document(raw, tokenizer, TINY, partial(read_media_file, config=TINY)) for raw in raw_documents(unit)]
 
 
 @pytest.fixture

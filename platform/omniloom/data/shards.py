@@ -7,14 +7,15 @@ commit), `index.json` (written last of all, the corpus's commit).
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from cachetools import LRUCache, cached
 from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import Split
@@ -40,6 +41,7 @@ SCHEMA = pa.schema(
 )
 BLOBS = SCHEMA.names[2:]  # arrays as their bytes
 DOCUMENTS_PER_BATCH = 256
+MEDIA_KEPT_BYTES = 64 << 20
 
 
 @dataclass
@@ -158,22 +160,27 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig) -> ShardReco
 def _woven(
     unit: Unit, tokenizer: TextTokenizer, modality: ModalityConfig, rejects: list[Reject]
 ) -> Iterator[tuple[str, Document]]:
+    # Documents may share their media: what was read lately is kept.
+    kept: LRUCache[Any, Segment] = LRUCache(MEDIA_KEPT_BYTES, getsizeof=lambda segment: segment.content.nbytes)
+    read = cached(kept)(partial(read_media_file, config=modality))
     for file in unit.files:
         for raw in read_documents(Path(file), unit.format):
             try:
-                yield raw.name, weave_document(raw, tokenizer, modality)
+                yield raw.name, weave_document(raw, tokenizer, modality, read)
             except DataError as error:
                 rejects.append(Reject(raw.name, str(error)))
 
 
-def weave_document(raw: RawDocument, tokenizer: TextTokenizer, modality: ModalityConfig) -> Document:
-    """Read a raw document's media and weave it; raises DataError saying why it cannot be used."""
+def weave_document(
+    raw: RawDocument, tokenizer: TextTokenizer, modality: ModalityConfig, read: Callable[[str, Path], Segment]
+) -> Document:
+    """Read a raw document's media by `read` and weave it; raises DataError saying why it cannot be used."""
     if raw.problem is not None:
         raise DataError(raw.problem)
     segments: list[Segment] = []
     for part in raw.segments:
         if isinstance(part.content, Path):
-            segments.append(read_media_file(part.kind, part.content, modality))
+            segments.append(read(part.kind, part.content))
         else:
             segments.append(tokenizer.segment(part.content, part.is_target))
     return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.widths)
