@@ -4,6 +4,9 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +40,12 @@ PARTS = 2  # files of each source: as many workers can read them
 # Shares of the training tokens, and the weight of each target in the loss: a medium's one answer a document would
 # drown among the targets of the text.
 WEIGHTS = {
-    "topics": (0.31, 1.0),
-    "digits": (0.04, 10.0),
-    "speech": (0.03, 10.0),
-    "videos": (0.18, 15.0),
-    "matching": (0.18, 15.0),
-    **{f"needles_{length}": (0.065, 4.0) for length in DOCUMENTS},
+    "topics": (0.27, 1.0),
+    "digits": (0.03, 10.0),
+    "speech": (0.02, 10.0),
+    "videos": (0.18, 10.0),
+    "matching": (0.2, 15.0),
+    **{f"needles_{length}": (0.075, 4.0) for length in DOCUMENTS},
 }
 
 
@@ -178,30 +181,32 @@ def _write_videos(folder: Path, digits: Path, pictures: Pictures) -> None:
         "heldout": generator.sample(pictures["heldout"], VIDEO_QUESTIONS),
     }
     made: dict[str, list[tuple[str, str, str]]] = {"train": [], "heldout": []}
-    for split, chosen in wanted.items():
-        for number, (picture, digit) in enumerate(tqdm(chosen, desc=f"film ({split})", unit="video")):
-            direction = generator.choice(sorted(DIRECTIONS))
-            file = f"mp4/{split}-{number:05d}.mp4"
-            with Image.open(digits / picture) as image:
-                large = image.resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC)
-            write_mp4(folder / file, _film(np.asarray(large), direction, generator), VIDEO_RATE)
-            made[split].append((file, digit, direction))
+    # Processes: the encoder keeps Python's lock.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for split, chosen in wanted.items():
+            films = []
+            for number, (picture, digit) in enumerate(chosen):
+                direction = generator.choice(sorted(DIRECTIONS))
+                file = f"mp4/{split}-{number:05d}.mp4"
+                with Image.open(digits / picture) as image:
+                    large = image.resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC)
+                films.append((folder / file, _film(np.asarray(large), direction, generator)))
+                made[split].append((file, digit, direction))
+            written = pool.map(write_mp4, *zip(*films, strict=True), repeat(VIDEO_RATE), chunksize=32)
+            list(tqdm(written, desc=f"film ({split})", total=len(films), unit="video"))
 
     def told(file: str, digit: str, direction: str) -> dict[str, Any]:
         turns = [(VIDEO_QUESTION, digit), (MOTION_QUESTION, direction)]
         generator.shuffle(turns)
         return document({"video": file}, *(part for text, answer in turns for part in (asked(text), answered(answer))))
 
-    videos = made["heldout"]
-    _write_splits(
-        folder,
-        [told(*video) for video in made["train"]],
-        [question([{"video": file}], VIDEO_QUESTION, DIGITS, digit) for file, digit, _ in videos],
-    )
-    write_jsonl(
-        folder / "motion.jsonl",
-        (question([{"video": file}], MOTION_QUESTION, sorted(DIRECTIONS), way) for file, _, way in videos),
-    )
+    digit_questions = [question([{"video": file}], VIDEO_QUESTION, DIGITS, digit) for file, digit, _ in made["heldout"]]
+    _write_splits(folder, [told(*video) for video in made["train"]], digit_questions)
+    motion_questions = [
+        question([{"video": file}], MOTION_QUESTION, sorted(DIRECTIONS), way) for file, _, way in made["heldout"]
+    ]
+    write_jsonl(folder / "motion.jsonl", motion_questions)
+    write_jsonl(folder / "heldout.jsonl", map(_as_document, [*digit_questions, *motion_questions]))
 
 
 def _film(digit: np.ndarray, direction: str, generator: random.Random) -> np.ndarray:
@@ -264,11 +269,13 @@ def _write_splits(folder: Path, train: list[dict[str, Any]], questions: list[dic
     for part in range(PARTS):
         write_jsonl(folder / f"train-{part}.jsonl", train[part::PARTS])
     write_jsonl(folder / "questions.jsonl", questions)
-    heldout = (
-        document(*q["segments"][:-1], asked(q["segments"][-1]["text"]), answered(q["choices"][q["answer"]]))
-        for q in questions
-    )
-    write_jsonl(folder / "heldout.jsonl", heldout)
+    write_jsonl(folder / "heldout.jsonl", map(_as_document, questions))
+
+
+def _as_document(question: dict[str, Any]) -> dict[str, Any]:
+    """A question with its right answer."""
+    *media, text = question["segments"]
+    return document(*media, asked(text["text"]), answered(question["choices"][question["answer"]]))
 
 
 def _heldout(is_near: Any, share: float) -> np.ndarray:

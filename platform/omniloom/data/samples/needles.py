@@ -12,6 +12,7 @@ QUESTION = "What is the code of {key}?"
 # Documents of each length: a model that sees one often learns its answers by heart and never to look them up.
 DOCUMENTS = {64: 6_000, 128: 4_500, 256: 3_600, 512: 2_400}
 MOST_NEEDLES = 8
+DIGITS = "0123456789"
 KEYS = (
     "apple bread chair dream eagle flame grape horse island jacket kettle lemon mirror needle ocean paper queen river "
     "stone table uncle valley window yellow zebra anchor basket candle desert engine forest garden hammer iron jungle "
@@ -45,7 +46,7 @@ def needle_documents(
     for _ in range(count):
         size = generator.randint(length // 2, length) - 4
         needles = generator.randint(1, max(1, min(MOST_NEEDLES, size // (cost + 4))))
-        facts = {key: f"{generator.randrange(10_000):04d}" for key in generator.sample(KEYS.split(), needles)}
+        facts = dict(zip(generator.sample(KEYS.split(), needles), _values(needles, generator), strict=True))
         lines = haystacks(texts, tokenizer, size - needles * cost, generator)
         for key, value in facts.items():
             lines.insert(generator.randint(0, len(lines)), NEEDLE.format(key=key, value=value))
@@ -53,3 +54,9 @@ def needle_documents(
         for key in generator.sample(list(facts), needles):
             segments += [asked(f" {QUESTION.format(key=key)}"), answered(facts[key])]
         yield document(*segments)
+
+
+def _values(count: int, generator: random.Random) -> list[str]:
+    """Four digits each; in every second document alike in the first two, so that only the key tells them apart."""
+    leading = generator.choice([DIGITS, generator.sample(DIGITS, 2)])
+    return ["".join(generator.choices(leading, k=2) + generator.choices(DIGITS, k=2)) for _ in range(count)]
