@@ -54,7 +54,8 @@ def place(tmp_path_factory) -> Path:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
     subprocess.run(
         [sys.executable, "-c", OPENED_AGAIN, str(place / "runs")],
-        env=kept | {"WANDB_MODE": "offline", "HOME": str(place / "home")},
+        # The service of a process that has ended, as a child inherits it.
+        env=kept | {"WANDB_MODE": "offline", "HOME": str(place / "home"), "WANDB_SERVICE": "3-1-unix-/gone"},
         cwd=place,
         check=True,
         capture_output=True,

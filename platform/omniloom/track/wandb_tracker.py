@@ -25,6 +25,8 @@ class WandbTracker:
         # Everything it writes stays in the run directory.
         for variable in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
             os.environ[variable] = str(folder / "wandb" / "home")
+        # Of a process that started this one: its service would end with it, or outlive a killed run and hold its id.
+        os.environ.pop("WANDB_SERVICE", None)
         stale = sorted((folder / "wandb").glob("offline-run-*")) if mode == "offline" else []
         self._run = wandb.init(
             mode=mode,  # type: ignore[arg-type]
