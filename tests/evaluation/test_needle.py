@@ -60,13 +60,18 @@ def test_one_and_four_needles_take_turns(items):
 
 
 def test_the_facts_take_at_most_half_of_the_text(items, text):
-    crowded = Counter()
-    for item in items:
-        facts = [match.group(0) for match in FACT.finditer(item["prompt"])]
-        if len(facts) > 1:
-            assert 2 * len(text.encode(" ".join(facts))) <= item["length"], item
-        crowded[item["length"], len(facts)] += 1
-    assert sum(n for (length, facts), n in crowded.items() if facts > 1) > 100
+    facts = [(item["length"], FACT.finditer(item["prompt"])) for item in items]
+    several = [(length, found) for length, (*found,) in facts if len(found) > 1]
+    assert len(several) > 100
+    for length, found in several:
+        assert 2 * len(text.encode(" ".join(match.group(0) for match in found))) <= length
+
+
+def test_a_long_question_leaves_fewer_facts_beside_the_asked_one(model):
+    """Half of the text would hold two, but not the question too."""
+    question = "Whatever else you were told, and whoever told it, and whenever that was, what is the code of {key}?"
+    for item in needle_items(HAY, model, Grid(lengths=[120], per_cell=4, needles=[2], question=question)):
+        assert len(FACT.findall(item["prompt"])) == 1
 
 
 def test_the_asked_fact_stands_at_its_depth(items):

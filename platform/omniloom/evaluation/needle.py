@@ -1,6 +1,7 @@
 """Needles in a haystack: facts hidden at chosen depths of texts of chosen lengths, and a question for one of them."""
 
 import random
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -91,7 +92,7 @@ def _item(
     generator: random.Random,
 ) -> dict[str, Any]:
     keys = generator.sample(grid.keys, min(needles, len(grid.keys)))
-    facts = {key: "".join(generator.choices("0123456789", k=grid.digits)) for key in keys}
+    facts = {key: "".join(generator.choices(string.digits, k=grid.digits)) for key in keys}
     question = " " + grid.question.format(key=keys[0])
     asked, *others = [grid.needle.format(key=key, value=value) for key, value in facts.items()]
     places = [generator.random() for _ in others]
@@ -109,8 +110,8 @@ def _item(
     def tokens(count: int) -> int:
         return 1 + len(tokenizer.encode(prompt(count) + f" {facts[keys[0]]}"))  # 1: bos
 
-    # A haystack is hay: the facts take at most half of it, so that a short one holds fewer.
-    while others and 2 * len(tokenizer.encode(" ".join([asked, *others]))) > length:
+    # A haystack is hay: the facts take at most half of it and leave room for some, so that a short one holds fewer.
+    while others and (2 * len(tokenizer.encode(" ".join([asked, *others]))) > length or tokens(4) > length):
         others.pop()
         places.pop()
     if tokens(0) > length:

@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from itertools import chain, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,9 @@ def _write_digits(folder: Path) -> Pictures:
             document({"image": file}, asked(generator.choice(PICTURE_QUESTIONS)), answered(digit))
             for file, digit in pictures["train"]
         ],
-        [question([{"image": file}], PICTURE_QUESTIONS[0], DIGITS, digit) for file, digit in pictures["heldout"]],
+        questions=[
+            question([{"image": file}], PICTURE_QUESTIONS[0], DIGITS, digit) for file, digit in pictures["heldout"]
+        ],
     )
     return {split: [(f"../digits/{file}", digit) for file, digit in kept] for split, kept in pictures.items()}
 
@@ -167,7 +169,7 @@ def _write_speech(folder: Path) -> Pictures:
     _write_splits(
         folder,
         [document({"audio": file}, asked(SPEECH_QUESTION), answered(digit)) for file, digit in clips["train"]],
-        [question([{"audio": file}], SPEECH_QUESTION, DIGITS, digit) for file, digit in clips["heldout"]],
+        questions=[question([{"audio": file}], SPEECH_QUESTION, DIGITS, digit) for file, digit in clips["heldout"]],
     )
     return {split: [(f"../speech/{file}", digit) for file, digit in kept] for split, kept in clips.items()}
 
@@ -200,13 +202,11 @@ def _write_videos(folder: Path, digits: Path, pictures: Pictures) -> None:
         generator.shuffle(turns)
         return document({"video": file}, *(part for text, answer in turns for part in (asked(text), answered(answer))))
 
-    digit_questions = [question([{"video": file}], VIDEO_QUESTION, DIGITS, digit) for file, digit, _ in made["heldout"]]
-    _write_splits(folder, [told(*video) for video in made["train"]], digit_questions)
-    motion_questions = [
+    digits_asked = [question([{"video": file}], VIDEO_QUESTION, DIGITS, digit) for file, digit, _ in made["heldout"]]
+    motions_asked = [
         question([{"video": file}], MOTION_QUESTION, sorted(DIRECTIONS), way) for file, _, way in made["heldout"]
     ]
-    write_jsonl(folder / "motion.jsonl", motion_questions)
-    write_jsonl(folder / "heldout.jsonl", map(_as_document, [*digit_questions, *motion_questions]))
+    _write_splits(folder, [told(*video) for video in made["train"]], questions=digits_asked, motion=motions_asked)
 
 
 def _film(digit: np.ndarray, direction: str, generator: random.Random) -> np.ndarray:
@@ -249,7 +249,10 @@ def _write_matching(folder: Path, pictures: Pictures, clips: Pictures) -> None:
     _write_splits(
         folder,
         [told(number, *pair) for number, pair in enumerate(pairs("train", MATCHING_DOCUMENTS))],
-        [question(m, MATCHING_QUESTION, YES_NO, answer) for m, _, _, answer in pairs("heldout", MATCHING_QUESTIONS)],
+        questions=[
+            question(media, MATCHING_QUESTION, YES_NO, answer)
+            for media, _, _, answer in pairs("heldout", MATCHING_QUESTIONS)
+        ],
     )
 
 
@@ -264,12 +267,13 @@ def _write_needles(folder: Path, texts: dict[str, list[str]]) -> None:
         write_jsonl(folder / f"heldout-{length}.jsonl", heldout)
 
 
-def _write_splits(folder: Path, train: list[dict[str, Any]], questions: list[dict[str, Any]]) -> None:
-    """train-*.jsonl, questions.jsonl, and the questions with their answers as heldout.jsonl."""
+def _write_splits(folder: Path, train: list[dict[str, Any]], **questions: list[dict[str, Any]]) -> None:
+    """train-*.jsonl, each <name>.jsonl of questions, and all of them with their answers as heldout.jsonl."""
     for part in range(PARTS):
         write_jsonl(folder / f"train-{part}.jsonl", train[part::PARTS])
-    write_jsonl(folder / "questions.jsonl", questions)
-    write_jsonl(folder / "heldout.jsonl", map(_as_document, questions))
+    for name, asked_here in questions.items():
+        write_jsonl(folder / f"{name}.jsonl", asked_here)
+    write_jsonl(folder / "heldout.jsonl", map(_as_document, chain(*questions.values())))
 
 
 def _as_document(question: dict[str, Any]) -> dict[str, Any]:

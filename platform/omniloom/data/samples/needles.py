@@ -1,6 +1,7 @@
 """Facts hidden in text, and questions for all of them: how a model learns to look back."""
 
 import random
+import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,6 @@ QUESTION = "What is the code of {key}?"
 # Documents of each length: a model that sees one often learns its answers by heart and never to look them up.
 DOCUMENTS = {64: 6_000, 128: 4_500, 256: 3_600, 512: 2_400}
 MOST_NEEDLES = 8
-DIGITS = "0123456789"
 KEYS = (
     "apple bread chair dream eagle flame grape horse island jacket kettle lemon mirror needle ocean paper queen river "
     "stone table uncle valley window yellow zebra anchor basket candle desert engine forest garden hammer iron jungle "
@@ -58,5 +58,5 @@ def needle_documents(
 
 def _values(count: int, generator: random.Random) -> list[str]:
     """Four digits each; in every second document alike in the first two, so that only the key tells them apart."""
-    leading = generator.choice([DIGITS, generator.sample(DIGITS, 2)])
-    return ["".join(generator.choices(leading, k=2) + generator.choices(DIGITS, k=2)) for _ in range(count)]
+    leading = generator.choice([string.digits, generator.sample(string.digits, 2)])
+    return ["".join(generator.choices(leading, k=2) + generator.choices(string.digits, k=2)) for _ in range(count)]
