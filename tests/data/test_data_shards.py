@@ -40,7 +40,7 @@ from omniloom.data.source import Unit
 from omniloom.errors import DataError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.modality.media import read_media_file
-from omniloom.modality.sequence import AUDIO, IMAGE, TEXT, VIDEO, Document
+from omniloom.modality.sequence import AUDIO, IMAGE, TEXT, VIDEO, Document, Segment
 from omniloom.modality.text import load_tokenizer
 
 WIDTHS = TINY.widths
@@ -92,6 +92,29 @@ def test_documents_come_back_bit_for_bit_in_any_order(corpus: Path, pictures: Un
     assert lengths.tolist() == [[len(document), document.image.nbytes] for document in expected]
     assert (record.tokens, record.media_tokens) == (sum(map(len, expected)), {"image": 16, "audio": 0, "video": 0})
     assert record.rejects == []
+
+
+def test_a_medium_shown_again_is_read_once_and_a_changed_one_anew(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def noted(kind: str, path: Path, config: ModalityConfig) -> Segment:
+        read.append(path.name)
+        return read_media_file(kind, path, config)
+
+    monkeypatch.setattr("omniloom.data.shards.read_media_file", noted)
+    for number in (0, 1):
+        save_picture(tmp_path / f"{number}.png", number)
+    documents = [[{"text": str(i)}, {"image": f"{i % 2}.png"}] for i in range(6)]
+    unit = interleaved_unit(save_lines(tmp_path / "a.jsonl", *documents))
+    write_shard(unit, corpus, TINY)
+    assert read == ["0.png", "1.png"]
+    save_picture(tmp_path / "0.png", 2)
+    record = write_shard(unit, corpus, TINY)
+    shard = Shard(corpus / "shards" / record.file, WIDTHS)
+    for index, expected in enumerate(woven(unit, corpus)):
+        assert same(shard.document(index), expected), index
 
 
 def test_documents_are_found_across_arrow_batches(corpus: Path, tmp_path: Path) -> None:
