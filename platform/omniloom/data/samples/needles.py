@@ -39,13 +39,17 @@ def haystacks(texts: list[str], tokenizer: TextTokenizer, tokens: int, generator
 def needle_documents(
     texts: list[str], tokenizer: TextTokenizer, length: int, count: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """`count` documents of half of `length` to `length` tokens: 1 to 8 needles each, all asked, in another order."""
+    """`count` documents of half of `length` to `length` tokens: 1 to 8 needles each, all asked, in another order.
+
+    Many needles oftener than few: where there is one, no key need be looked at.
+    """
     generator = random.Random(seed)
     cost = len(tokenizer.encode(NEEDLE.format(key="apple", value=1234))) + 1
     cost += len(tokenizer.encode(QUESTION.format(key="apple") + " 1234"))
     for _ in range(count):
         size = generator.randint(length // 2, length) - 4
-        needles = generator.randint(1, max(1, min(MOST_NEEDLES, size // (cost + 4))))
+        most = max(1, min(MOST_NEEDLES, size // (cost + 4)))
+        needles = max(generator.randint(1, most), generator.randint(1, most))
         facts = dict(zip(generator.sample(KEYS.split(), needles), _values(needles, generator), strict=True))
         lines = haystacks(texts, tokenizer, size - needles * cost, generator)
         for key, value in facts.items():
