@@ -1,6 +1,7 @@
 """Shards to a trained model: `omniloom train corpus=corpora/mine run=first model=tiny train.steps=500`."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from omniloom.cluster.session import job_id, ray_session
@@ -9,30 +10,37 @@ from omniloom.settings import TrainSettings, run_job
 
 def main(settings: TrainSettings) -> None:
     settings.check()
-    with ray_session(settings.cluster):
-        from omniloom.cluster.launch import run_on_ranks
-        from omniloom.data.corpus import build_corpus, describe
-        from omniloom.data.shards import Corpus
-        from omniloom.track.progress import follow
-        from omniloom.track.report import reported
-        from omniloom.track.run_directory import open_run, running
+    # Before the session: torch, loaded while Ray's threads start, now and then dies in its MKL.
+    from omniloom.cluster.launch import run_on_ranks
+    from omniloom.data.corpus import build_corpus, describe
+    from omniloom.data.shards import Corpus
+    from omniloom.track.progress import follow
+    from omniloom.track.report import reported
+    from omniloom.track.run_directory import ask_to_stop, claim, open_run, record_failure, running
+    from omniloom.train.checkpoint import newest_state
+    from omniloom.train.loop import train
 
+    run = settings.folder
+    with ray_session(settings.cluster):
         folder = Path(settings.corpus or "")
         if (settings.manifest or settings.samples) and not (folder / "index.json").is_file():
             build_corpus(settings)
         corpus = Corpus(folder)
         settings.check_index(corpus.index)
-        record = open_run(settings.folder, asdict(settings), job_id())
-        if record.status == "finished":
-            print(f"run {settings.run} is finished: {settings.folder}; train.steps=… makes it longer")
-            return
-        print(describe(corpus))
-        print(settings.batch_terms(settings.cluster.workers))
-        from omniloom.train.loop import train
-
-        with reported(settings.folder), running(settings.folder), follow(settings.folder, settings.steps):
-            run_on_ranks(train, settings, settings.cluster)
-        print(f"run {settings.run} is finished: {settings.folder}")
+        with claim(run):
+            record = open_run(run, asdict(settings), job_id(), settings.like)
+            if record.status == "finished":
+                print(f"run {settings.run} is finished: {run}; train.steps=… makes it longer")
+                return
+            print(describe(corpus))
+            print(settings.batch_terms(settings.cluster.workers))
+            with reported(run), running(run), follow(run, settings.steps):
+                stop, failed = partial(ask_to_stop, run), partial(record_failure, run)
+                stopped = run_on_ranks(train, settings, settings.cluster, stop, failed)
+                state = newest_state(run)
+                if stopped and (state is None or state.step < settings.steps):
+                    raise KeyboardInterrupt(f"{stopped}, saved at step {state.step if state else 0}")
+            print(f"run {settings.run} is finished: {run}")
 
 
 if __name__ == "__main__":

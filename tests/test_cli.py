@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPOSITORY
+from omniloom.cli import VERBS
 
 OMNILOOM = str(Path(sys.executable).parent / "omniloom")
 
@@ -84,11 +85,12 @@ def test_debug_adds_the_traceback(tmp_path: Path) -> None:
 def test_help_names_the_verbs_with_examples(tmp_path: Path) -> None:
     answer = omniloom("--help", folder=tmp_path)
     assert answer.returncode == 0
-    for verb in ("demo", "tokenize", "train", "evaluate"):
-        assert f"omniloom {verb}" in answer.stdout
+    for verb in VERBS:
+        assert f"\n  {verb} " in answer.stdout or f"{verb} ID" in answer.stdout
+    assert "examples:" in answer.stdout
 
 
-@pytest.mark.parametrize("verb", ["tokenize", "train", "evaluate", "demo"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_verbs_help_has_examples(verb: str, tmp_path: Path) -> None:
     answer = omniloom(verb, "--help", folder=tmp_path)
     assert answer.returncode == 0
@@ -106,6 +108,33 @@ def test_a_free_mapping_is_set_whole_or_by_key(word: str, tmp_path: Path) -> Non
     answer = omniloom("train", "--cfg", "job", "experiment=smoke", word, folder=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert "  weights:\n    words: 0.5\n" in answer.stdout
+
+
+def test_like_takes_a_runs_configuration_before_the_overrides(tmp_path: Path) -> None:
+    """Everything but its name and folder; a group that is named comes whole from conf/."""
+    import yaml
+
+    words = ["experiment=smoke", "optimizer.lr=0.5", "track.notes='a, b: {c}'", "data.weights={words: 0.5}"]
+    composed = omniloom("train", "--cfg", "job", *words, folder=tmp_path).stdout
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "config.yaml").write_text(composed)
+    (tmp_path / "runs" / "first" / "run.json").write_text('{"id": "a", "name": "first", "status": "finished"}')
+
+    answer = omniloom("train", "--cfg", "job", "like=first", "run=second", "seed=3", folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    first, second = yaml.safe_load(composed), yaml.safe_load(answer.stdout)
+    changed = {key for key in first if first[key] != second[key]}
+    assert changed == {"like", "run", "seed"}
+    assert second["track"]["notes"] == "a, b: {c}"
+
+    other = omniloom("train", "--cfg", "job", "like=first", "model=tiny", folder=tmp_path)
+    assert yaml.safe_load(other.stdout)["model"]["hidden_size"] == 128
+    assert yaml.safe_load(other.stdout)["optimizer"]["lr"] == 0.5
+    both = omniloom("train", "like=first", "experiment=demo", folder=tmp_path)
+    assert "like=first and experiment=demo are both whole runs" in both.stderr
+    nobody = omniloom("train", "like=frist", folder=tmp_path)
+    assert "did you mean 'first'?" in nobody.stderr
+    assert {both.returncode, nobody.returncode} == {1}
 
 
 def test_a_job_run_by_path_is_its_verb(tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ ROOTS = {
     "tokenize_corpus": settings.TokenizeSettings,
     "pretrain": settings.TrainSettings,
     "run_evals": settings.EvaluateSettings,
+    "write_report": settings.ReportSettings,
+    "client": settings.ClientSettings,
+    "local_cluster": settings.LocalClusterSettings,
+    "sync_run": settings.SyncSettings,
+    "doctor": settings.DoctorSettings,
 }
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

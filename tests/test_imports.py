@@ -27,7 +27,7 @@ ARROWS = {
     "serve": {"generate"},
 }
 # Every default stands in a room's config.py, and settings composes them.
-LAST_ROW = {"settings", "cli", "__init__"}
+LAST_ROW = {"settings", "cli", "__init__", "__main__"}
 FENCES = {
     "hydra": {"settings.py", "cli.py"},
     "ray": {"cluster/", "serve/", "data/", "posttrain/", "evaluation/"},

@@ -1,16 +1,38 @@
 """The console script: verbs, each the job of the same name. Imports nothing heavy until a verb runs."""
 
+import re
 import runpy
 import sys
+from dataclasses import dataclass
 
 from omniloom.errors import ConfigError, did_you_mean
 
-JOBS = {
-    "demo": "demo.py",
-    "tokenize": "tokenize_corpus.py",
-    "train": "pretrain.py",
-    "evaluate": "run_evals.py",
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: its job's file, the keys that words without = are for, in order, and what the verb itself sets."""
+
+    file: str
+    words: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+
+VERBS = {
+    "demo": Verb("demo.py"),
+    "tokenize": Verb("tokenize_corpus.py"),
+    "train": Verb("pretrain.py"),
+    "evaluate": Verb("run_evals.py"),
+    "report": Verb("write_report.py", words=("run",)),
+    "submit": Verb("submit_job.py"),
+    "jobs": Verb("client.py", sets=("verb=jobs",)),
+    "status": Verb("client.py", words=("id",), sets=("verb=status",)),
+    "logs": Verb("client.py", words=("id",), sets=("verb=logs",)),
+    "stop": Verb("client.py", words=("id",), sets=("verb=stop",)),
+    "cluster": Verb("local_cluster.py", words=("action",)),
+    "sync": Verb("sync_run.py", words=("run",)),
+    "doctor": Verb("doctor.py"),
 }
+HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p")  # each with a word of its own
 HELP = """\
 omniloom: text, images, audio and video in one token sequence, a sparse transformer trained on it, its scores
 
@@ -22,6 +44,12 @@ usage: omniloom VERB [key=value …]
   evaluate   a trained model to scores, through lm-eval
   report     a run's page: its curves, scores and samples in one file
 
+  submit     a verb as a job of a Ray cluster: it goes on when this terminal is closed
+  jobs       a cluster's jobs; status ID, logs ID [-f] and stop ID for one of them
+  cluster    up and down: a cluster on this machine, to try things out
+  sync       an offline run to Weights & Biases
+  doctor     what is installed here, what fits together, what does not answer, and what to do about it
+
 examples:
   omniloom demo
   omniloom tokenize manifest=corpus.yaml corpus=corpora/mine tokenizer.vocab_size=8192
@@ -29,48 +57,39 @@ examples:
   omniloom train experiment=smoke run=smoke
   omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[held-out.txt]
   omniloom report first
+  omniloom cluster up nodes=2
+  omniloom submit train experiment=smoke run=smoke -f
 
 `omniloom VERB --help` lists a verb's keys and groups; --cfg job prints its resolved configuration; --debug adds
 tracebacks to errors. A run lives in runs/<run>/; repeating a command resumes it.
 """
-REPORT_HELP = """\
-omniloom report: write a run's page, runs/<run>/report.html, and print its path
-
-usage: omniloom report RUN [runs_dir=runs]
-
-  RUN        the name of a run in runs_dir, at any state, or the path of a run's folder
-
-examples:
-  omniloom report first
-  omniloom report first runs_dir=/shared/runs
-  omniloom report /shared/runs/first
-"""
 
 
-def run_verb(verb: str, overrides: list[str]) -> None:
-    """Run a verb's job in this process, as `python jobs/<file> overrides…` would."""
+def run_verb(verb: str, words: list[str]) -> None:
+    """Run a verb's job in this process, as `python jobs/<file> key=value…` would."""
     from omniloom.settings import resource_folder
 
-    sys.argv = [f"omniloom {verb}", *overrides]
-    runpy.run_path(str(resource_folder("jobs") / JOBS[verb]), run_name="__main__")
+    known = VERBS[verb]
+    sys.argv = [f"omniloom {verb}", *known.sets, *_as_overrides(verb, known.words, words)]
+    runpy.run_path(str(resource_folder("jobs") / known.file), run_name="__main__")
 
 
-def report(words: list[str]) -> None:
-    """Write the page of the run that `words` name; raises ConfigError where they name none."""
-    if "--help" in words or "-h" in words:
-        print(REPORT_HELP, end="")
-        return
-    runs_dir = next((word.removeprefix("runs_dir=") for word in words if word.startswith("runs_dir=")), "runs")
-    runs = [word for word in words if not word.startswith("runs_dir=") and word != "--debug"]
-    if len(runs) != 1:
-        raise ConfigError(f"name one run: omniloom report RUN [runs_dir=runs]; here are {', '.join(runs) or 'none'}")
-    from omniloom.track.report import find_run, write_report
+def _as_overrides(verb: str, keys: tuple[str, ...], words: list[str]) -> list[str]:
+    """Words without = as the verb's own keys, in order; raises ConfigError on one too many."""
+    from omniloom.settings import quoted
 
-    folder = find_run(runs[0], runs_dir)
-    try:
-        print(write_report(folder))
-    except OSError as error:
-        raise ConfigError(f"the page of {folder} cannot be written: {error}") from error
+    if not keys:
+        return words
+    free = list(keys)
+    overrides = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") or before in HYDRA_FLAGS or re.match(r"[+~]*[A-Za-z_][\w.@/]*=", word):
+            overrides.append(word)
+        elif free:
+            overrides.append(f"{free.pop(0)}={quoted(word)}")
+        else:
+            raise ConfigError(f"omniloom {verb} takes {' '.join(keys).upper()} and then key=value: {word} is too many")
+    return overrides
 
 
 def main() -> None:
@@ -85,11 +104,8 @@ def main() -> None:
         return
     verb = sys.argv[1]
     try:
-        if verb == "report":
-            report(sys.argv[2:])
-            return
-        if verb not in JOBS:
-            raise ConfigError(f"unknown verb {verb}; {did_you_mean(verb, [*JOBS, 'report'])}")
+        if verb not in VERBS:
+            raise ConfigError(f"unknown verb {verb}; {did_you_mean(verb, VERBS)}")
         run_verb(verb, sys.argv[2:])
     except ConfigError as error:
         if "--debug" in sys.argv:

@@ -5,6 +5,7 @@ Defaults stand on the dataclass fields and nowhere else; conf/ overrides them; t
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,13 +21,15 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from omniloom.cluster.config import ClusterConfig
+from omniloom.cluster.config import ClusterConfig, LocalClusterConfig
 from omniloom.data.config import CorpusConfig
-from omniloom.errors import ConfigError, OmniloomError, did_you_mean
+from omniloom.errors import ConfigError, OmniloomError, did_you_mean, refuse_unless_one_of
+from omniloom.track.config import TrackConfig
 from omniloom.train.config import TrainingRun
 
 Settings = TypeVar("Settings")
-FREE_MAPPINGS = ("task_args", "data.weights", "data.loss_weights")  # whose keys are the user's own
+FREE_MAPPINGS = ("task_args", "data.weights", "data.loss_weights", "cluster.env")  # whose keys are the user's own
+FLAGS = {"--json": "json=true", "-f": "follow=true", "--follow": "follow=true"}
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
@@ -47,6 +50,7 @@ class TrainSettings(TrainingRun, CorpusConfig):
     """The train job; where its corpus does not exist yet and a manifest or samples are named, it is made first."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    like: str | None = None  # a run whose configuration comes before this command's overrides
 
     def check(self) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
@@ -86,6 +90,96 @@ class EvaluateSettings:
             raise ConfigError(f"batch_tokens={self.batch_tokens} and limit={self.limit} must be at least 1")
 
 
+@dataclass
+class ReportSettings:
+    """A run's page."""
+
+    run: str | None = None  # a name in runs_dir, or a run's folder
+    runs_dir: str = "runs"
+
+    def check(self) -> None:
+        """Raise ConfigError where no run is named."""
+        if self.run is None:
+            here = ", ".join(sorted(path.parent.name for path in Path(self.runs_dir).glob("*/run.json")))
+            raise ConfigError(f"name one run: omniloom report RUN [runs_dir=runs]; here are {here or 'none'}")
+
+
+@dataclass
+class ClientSettings:
+    """What is asked of a cluster's job server."""
+
+    verb: str = "jobs"  # or status, logs, stop
+    id: str | None = None
+    follow: bool = False
+    json: bool = False
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError where no job is named."""
+        refuse_unless_one_of("verb", self.verb, ("jobs", "status", "logs", "stop"))
+        if self.id is None and self.verb != "jobs":
+            raise ConfigError(f"name a job: omniloom {self.verb} ID; `omniloom jobs` lists them")
+
+
+@dataclass
+class LocalClusterSettings(LocalClusterConfig):
+    """A cluster on this machine."""
+
+    action: str | None = None  # up or down
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError where the action is neither up nor down."""
+        refuse_unless_one_of("action", self.action or "", ("up", "down"))
+        super().check()
+
+
+@dataclass
+class DoctorSettings:
+    """What is looked at."""
+
+    runs_dir: str = "runs"
+    json: bool = False
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+@dataclass
+class SyncSettings:
+    """An offline run, to be pushed."""
+
+    run: str | None = None
+    runs_dir: str = "runs"
+
+    def check(self) -> None:
+        """Raise ConfigError where no run is named."""
+        if self.run is None:
+            raise ConfigError("name one run: omniloom sync RUN [runs_dir=runs]")
+
+
+# Verbs that can be submitted: their root in conf/ and their settings.
+SUBMITTABLE: dict[str, tuple[str, type]] = {
+    "tokenize": ("tokenize_corpus", TokenizeSettings),
+    "train": ("pretrain", TrainSettings),
+    "evaluate": ("run_evals", EvaluateSettings),
+}
+
+
+def absolute_paths(settings: Any) -> list[str]:
+    """Overrides that name a job's folders from anywhere: it runs in another directory, perhaps on another machine."""
+    words = []
+    for key in ("runs_dir", "corpus", "manifest", "init"):
+        value = getattr(settings, key, None)
+        if value is not None and (key != "init" or Path(value).exists()):
+            words.append(f"{key}={quoted(str(Path(value).absolute()))}")
+    return words
+
+
+def quoted(word: str) -> str:
+    """A word that Hydra takes as it stands."""
+    return "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def resource_folder(name: str) -> Path:
     """Where conf/, evals/ or jobs/ lies: inside the installed package, else beside its checkout."""
     package = Path(__file__).resolve().parent
@@ -99,7 +193,7 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
     """Compose conf/<job>.yaml with the command line's overrides and call `function` on the settings.
 
     Hydra's own flags (--cfg job, --help, -m, shell completion) keep their meaning; --debug adds tracebacks, --json is
-    json=true. Ends the process with a nonzero status, after one message, where the work was not done.
+    json=true, -f follow=true. Ends the process with a nonzero status, after one message, where the work was not done.
     """
     debug = "--debug" in sys.argv
     free = [key for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS]
@@ -116,16 +210,63 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
 
     with _one_message(schema, debug):
         _refuse_added_keys(schema, mappings)
+        _put_in_what_like_says()
+        signal.signal(signal.SIGTERM, _interrupt)
         GlobalHydra.instance().clear()  # one process may run several jobs
         hydra.main(version_base="1.3", config_path=str(resource_folder("conf")), config_name=job)(call)()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _put_in_what_like_says() -> None:
+    """Put that run's whole configuration before the first override, but for groups that the command names itself."""
+    given = dict(word.split("=", 1) for word in sys.argv if "=" in word)
+    if "like" not in given:
+        return
+    if "experiment" in given:
+        raise ConfigError(
+            f"like={given['like']} and experiment={given['experiment']} are both whole runs: drop one of them"
+        )
+    from omniloom.track.run_directory import locate, read_config
+
+    place = locate(given["like"], given.get("runs_dir", "runs"))
+    if place.run_folder is None:
+        raise ConfigError(f"like={given['like']} is no run")
+    groups = {path.name for path in resource_folder("conf").iterdir() if path.is_dir()}
+    taken = {"run", "like", "runs_dir", *(groups & given.keys())}
+    saved = OmegaConf.create({key: value for key, value in read_config(place.run_folder).items() if key not in taken})
+    words = [f"{'++' if _is_free(key) else ''}{key}={_literal(_plain(saved, key))}" for key in flat_keys(saved)]
+    first = next(index for index, word in enumerate(sys.argv) if "=" in word)
+    sys.argv[first:first] = words  # together: Hydra's parser takes one stretch of overrides
+
+
+def _is_free(key: str) -> bool:
+    return key.startswith(tuple(f"{mapping}." for mapping in FREE_MAPPINGS))
+
+
+def _plain(config: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(config, key)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _literal(value: Any) -> str:
+    """A plain value as Hydra's grammar writes it."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value).lower()
 
 
 @contextmanager
 def _one_message(schema: type, debug: bool) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        print("interrupted: repeat the command to go on", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        why = f" ({interrupt})" if str(interrupt) else ""
+        print(f"interrupted{why}: repeat the command to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (OmniloomError, HydraException, OmegaConfBaseException) as error:
         if debug:
@@ -136,9 +277,9 @@ def _one_message(schema: type, debug: bool) -> Iterator[None]:
 
 
 def _as_override(word: str, mappings: tuple[str, ...]) -> str:
-    """--json is json=true; a key inside a free mapping needs no + of Hydra's."""
-    if word == "--json":
-        return "json=true"
+    """--json is json=true and so on; a key inside a free mapping needs no + of Hydra's."""
+    if word in FLAGS:
+        return FLAGS[word]
     return f"++{word}" if word.startswith(mappings) else word
 
 

@@ -552,7 +552,7 @@ def omniloom(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_verb_writes_the_page_and_prints_its_path(tmp_path: Path) -> None:
     run = build_run(tmp_path / "runs" / "lr=0.1", steps=3)
-    for words in (["lr=0.1"], [str(run)], ["lr=0.1", f"runs_dir={tmp_path}/runs"]):
+    for words in (["run=lr\\=0.1"], [str(run)], [str(run), "runs_dir=elsewhere"]):
         (run / "report.html").unlink(missing_ok=True)
         answer = omniloom(tmp_path, *words)
         assert answer.returncode == 0, answer.stderr

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import platform
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -10,7 +14,18 @@ import yaml
 
 from omniloom.errors import ConfigError
 from omniloom.track import jsonl
-from omniloom.track.run_directory import Place, locate, open_run, read_record, running, write_record
+from omniloom.track.run_directory import (
+    Place,
+    ask_to_stop,
+    claim,
+    locate,
+    open_run,
+    read_record,
+    record_failure,
+    running,
+    stop_asked,
+    write_record,
+)
 
 CONFIG = {
     "run": "first",
@@ -269,3 +284,54 @@ def test_init_finds_a_folder_and_the_run_it_belongs_to(runs_dir, tmp_path):
 def test_the_step_of_a_model_folder():
     assert Place.step_of("/runs/a/checkpoints/step_00000100/model") == 100
     assert Place.step_of("/models/tiny") is None
+
+
+def test_one_command_at_a_time_runs_a_run(folder):
+    """The second is told where the first is; once that has died, however, the run is free."""
+    hold = (
+        "import sys, time; from pathlib import Path; from omniloom.track.run_directory import *\n"
+        "folder = Path(sys.argv[1])\n"
+        "with claim(folder):\n"
+        "    open_run(folder, {'train': {'steps': 1}}, 'train-first-1')\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        whereabouts = f"host {platform.node()}, pid {other.pid}, job train-first-1"
+        with pytest.raises(ConfigError, match=f"run first is being run by another command \\({whereabouts}\\)"):
+            claim(folder).__enter__()
+        other.kill()
+        other.wait()
+    with claim(folder):
+        record = open_run(folder, {"train": {"steps": 1}})
+    assert (record.status, record.pid, record.ray_job_id) == ("running", os.getpid(), None)
+    events = jsonl.read(folder / "events.jsonl")
+    assert [(event["event"], event["pid"], event["ray_job_id"]) for event in events] == [
+        ("command_lost", other.pid, "train-first-1")
+    ]
+
+
+def test_a_request_to_stop_is_for_the_ranks_of_this_start(folder):
+    open_run(folder, CONFIG)
+    assert not stop_asked(folder)
+    ask_to_stop(folder)
+    assert stop_asked(folder)
+    open_run(folder, CONFIG)
+    assert not stop_asked(folder)
+
+
+def test_a_failure_names_rank_host_and_process(folder):
+    open_run(folder, CONFIG)
+    for pids in ((7, 8), (17, 18)):
+        start = {"event": "start", "ranks": [{"host": "a", "pid": pids[0]}, {"host": "b", "pid": pids[1]}]}
+        jsonl.append(folder / "events.jsonl", start)
+    record_failure(folder, 1, "ActorDiedError: killed")
+    failure = jsonl.read(folder / "events.jsonl")[-1]
+    assert (failure["event"], failure["rank"], failure["host"], failure["pid"]) == ("failure", 1, "b", 18)
+    assert failure["cause"] == "ActorDiedError: killed"
+
+
+def test_a_failure_before_the_first_start_is_told_without_a_host(folder):
+    open_run(folder, CONFIG)
+    record_failure(folder, 0, "out of memory")
+    assert jsonl.read(folder / "events.jsonl")[-1]["cause"] == "out of memory"

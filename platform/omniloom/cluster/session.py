@@ -1,5 +1,6 @@
 """Attach to a Ray cluster, or start one on this machine that ends with the command."""
 
+import json
 import logging
 import os
 import secrets
@@ -8,12 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
 from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray.exceptions import RayError
 
 from omniloom.cluster.config import ClusterConfig
+from omniloom.cluster.local import find_address, refuse_unreachable
 from omniloom.errors import ClusterError
+
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray's job server sets for what it starts
 
 
 @contextmanager
@@ -25,9 +32,10 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    # A submitted job runs on the cluster it was sent to, by whatever name its sender calls that one.
+    address = os.environ["RAY_ADDRESS"] if IN_A_JOB in os.environ else find_address(config)
     if address and address != "local":
-        with _attached(address):
+        with _attached(address, config.env):
             yield
         return
     # Without a token file of our own Ray would keep one in the home directory.
@@ -45,6 +53,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        runtime_env={"env_vars": dict(config.env)},
     )
     try:
         yield
@@ -54,18 +63,33 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
 
 
 def job_id() -> str:
-    """Ray's id of the job this process runs."""
+    """The id that `omniloom submit` gave the job this process runs, else Ray's own."""
+    if IN_A_JOB in os.environ:
+        return str(json.loads(os.environ[IN_A_JOB])["metadata"]["job_submission_id"])
     return str(ray.get_runtime_context().get_job_id())
 
 
 @contextmanager
-def _attached(address: str) -> Iterator[None]:
+def _attached(address: str, env: dict[str, str]) -> Iterator[None]:
+    if "://" in address:
+        raise ClusterError(f"cluster.address={address} takes jobs; a command that runs here needs the head's host:port")
+    if address != "auto":
+        refuse_unreachable(address)
+        if urlsplit(f"//{address}").hostname in ("127.0.0.1", "localhost"):
+            ray_constants.ENABLE_RAY_CLUSTER = False  # else Ray looks for this machine's other address
+    if "RAY_AUTH_TOKEN_PATH" in os.environ and "RAY_AUTH_MODE" not in os.environ:
+        # Ray has been imported by now, and has taken down that there is no token.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+    # A job's processes have its environment already.
+    runtime_env = None if IN_A_JOB in os.environ else {"env_vars": dict(env)}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
-            f"no Ray cluster answers at {address}: {error}\nset cluster.address or RAY_ADDRESS, or unset both to use "
-            "this machine"
+            f"no Ray cluster takes this command at {address}: {error}\nset cluster.address or RAY_ADDRESS (and its "
+            "token: cluster.token_path), or unset both to use this machine"
         ) from error
     try:
         yield

@@ -1,6 +1,7 @@
 """The run directory: new, resumed, finished or refused; and `run.json`, which says which."""
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from omniloom.errors import ConfigError, did_you_mean
@@ -31,11 +33,13 @@ MAY_CHANGE = (
     "parallel.",
     "data.loader_workers",
     "force",
+    "like",
     "runs_dir",
     "corpus",
     "manifest",
     "samples",
 )
+STOP = "stop"  # an empty file in the run directory
 
 
 @dataclass
@@ -53,6 +57,7 @@ class RunRecord:
     wandb_url: str | None = None
     started: str = ""
     host: str = ""
+    pid: int | None = None  # of the command that runs it
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -71,11 +76,35 @@ def write_record(folder: Path, record: RunRecord) -> None:
     jsonl.replace_text(folder / "run.json", json.dumps(asdict(record), indent=2) + "\n")
 
 
-def open_run(folder: Path, config: Mapping[str, Any], ray_job_id: str | None = None) -> RunRecord:
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Be the only command that runs this run; raises ConfigError, with the other's whereabouts, where one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()  # the operating system lets go of it when the process dies
+    except Timeout as error:
+        who = "another command"
+        if (folder / "run.json").is_file():
+            record = read_record(folder)
+            job = f", job {record.ray_job_id}" if record.ray_job_id else ""
+            who = f"another command (host {record.host}, pid {record.pid}{job})"
+        raise ConfigError(f"run {folder.name} is being run by {who}: wait, stop it, or name another run=") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(
+    folder: Path, config: Mapping[str, Any], ray_job_id: str | None = None, parent_run: str | None = None
+) -> RunRecord:
     """Start a run, or find the one to resume; the caller looks at `status` to see whether it is already finished.
 
-    Raises ConfigError where the run's own configuration differs in a key that may not change, with both values.
+    The caller has claimed it, so that a run that says it is running has lost its command. Raises ConfigError where the
+    run's own configuration differs in a key that may not change, with both values.
     """
+    (folder / STOP).unlink(missing_ok=True)
     if (folder / "run.json").is_file():
         record = read_record(folder)
         _refuse_changes(folder, config)
@@ -83,6 +112,9 @@ def open_run(folder: Path, config: Mapping[str, Any], ray_job_id: str | None = N
         asks_more = any(old.get(key) and (new.get(key) or 0) > old[key] for key in ("steps", "tokens"))
         if record.status == "finished" and not asks_more:
             return record
+        if record.status == "running":
+            lost = {"host": record.host, "pid": record.pid, "ray_job_id": record.ray_job_id}
+            jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": "command_lost", **lost})
         record.status, record.exit_reason = "running", None
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,15 +122,33 @@ def open_run(folder: Path, config: Mapping[str, Any], ray_job_id: str | None = N
             id=uuid.uuid4().hex[:8],
             name=folder.name,
             status="running",
-            git_revision=_git_revision(),
+            git_revision=git_revision(),
+            parent_run=parent_run,
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            host=platform.node(),
         )
         record.wandb_id = record.id
-    record.ray_job_id = ray_job_id
+    record.host, record.pid, record.ray_job_id = platform.node(), os.getpid(), ray_job_id
     jsonl.replace_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_record(folder, record)  # last: a folder without it is no run yet, and a repeat starts afresh
     return record
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Have the ranks of a run save a checkpoint after the step they are in, and end."""
+    (folder / STOP).touch()
+
+
+def stop_asked(folder: Path) -> bool:
+    """Whether somebody asked."""
+    return (folder / STOP).exists()
+
+
+def record_failure(folder: Path, rank: int, cause: str) -> None:
+    """Write down which rank failed, where it ran, and how."""
+    starts = [event for event in jsonl.read(folder / "events.jsonl") if event["event"] == "start"]
+    where = starts[-1]["ranks"][rank] if starts and rank < len(starts[-1]["ranks"]) else {}
+    event = {"time": time.time(), "event": "failure", "rank": rank, **where, "cause": cause}
+    jsonl.append(folder / "events.jsonl", event)
 
 
 @contextmanager
@@ -109,8 +159,8 @@ def running(folder: Path) -> Iterator[None]:
     try:
         yield
         status = "finished"
-    except KeyboardInterrupt:
-        status, reason = "interrupted", "Ctrl-C"
+    except KeyboardInterrupt as error:
+        status, reason = "interrupted", str(error) or "Ctrl-C"
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
@@ -160,7 +210,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """The checkout that the command is called in, with -dirty where it was changed; None outside of one."""
     try:
         answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

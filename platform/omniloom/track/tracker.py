@@ -6,10 +6,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from filelock import FileLock
+
 from omniloom.track import jsonl
 from omniloom.track.config import TrackConfig
 from omniloom.track.run_directory import read_config, read_record, write_record
 from omniloom.track.wandb_tracker import WandbTracker
+
+WRITER_WAIT_S = 120
 
 
 class Tracker:
@@ -17,6 +21,9 @@ class Tracker:
 
     def __init__(self, folder: Path, config: TrackConfig, settings: dict[str, Any], resumed_at: int) -> None:
         self._folder = folder
+        # A rank of a killed driver may still be about to write for a moment: each step once, by one of them.
+        self._only_writer = FileLock(folder / ".writer.lock", timeout=WRITER_WAIT_S)
+        self._only_writer.acquire()
         jsonl.cut_back(folder / "metrics.jsonl", resumed_at)
         record = read_record(folder)
         self._wandb = WandbTracker(folder, record, config, settings)
@@ -30,6 +37,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._wandb.close(exit_code=0 if error is None else 1)
+        self._only_writer.release()
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Record one step; `line` holds `step` and the contract's keys."""

@@ -3,14 +3,33 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import wandb
 
+from omniloom.errors import ClusterError, ConfigError
 from omniloom.track import jsonl
 from omniloom.track.config import TrackConfig
 from omniloom.track.run_directory import RunRecord
+
+
+def push(folder: Path) -> str:
+    """Push what a run has recorded offline, with W&B's own `sync`; returns the offline folder.
+
+    Raises ConfigError where nothing was recorded offline, ClusterError with W&B's own words where it would not go.
+    """
+    recorded = sorted((folder / "wandb").glob("offline-run-*"))
+    if not recorded:
+        raise ConfigError(f"run {folder.name} has nothing recorded offline: {folder / 'wandb'} holds no offline-run-…")
+    words = [sys.executable, "-m", "wandb", "sync", "--include-synced", str(recorded[-1])]
+    answer = subprocess.run(words, capture_output=True, text=True)
+    said = f"{answer.stdout}\n{answer.stderr}".strip()
+    if answer.returncode or "error" in said.lower():
+        raise ClusterError(f"W&B did not take {recorded[-1].name}: {said.splitlines()[-1] if said else 'no word'}")
+    return recorded[-1].name
 
 
 class WandbTracker:

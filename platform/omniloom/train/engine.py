@@ -108,11 +108,11 @@ class Engine:
         dist.all_reduce(values)
         return values
 
-    def max_over_ranks(self, value: float) -> float:
-        """The largest `value` of any rank."""
-        held = torch.tensor(value, dtype=torch.float64, device=self.device)
+    def max_over_ranks(self, values: list[float]) -> list[float]:
+        """The largest of each value of any rank."""
+        held = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(held, op=dist.ReduceOp.MAX)
-        return float(held)
+        return held.tolist()
 
     def gather_bytes(self, mine: bytes) -> bytes:
         """Every rank's bytes, of equal length, in rank order."""
@@ -120,6 +120,12 @@ class Engine:
         everyone = [torch.empty_like(held) for _ in range(self.ranks)]
         dist.all_gather(everyone, held)
         return b"".join(part.cpu().numpy().tobytes() for part in everyone)
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Every rank's plain value, in rank order."""
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, mine)
+        return everyone
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -17,6 +17,7 @@ from omniloom.data.mixture import source_weights
 from omniloom.data.pack import count_unusable, heldout_rows, training_rows
 from omniloom.data.shards import Corpus
 from omniloom.model.decoder import Decoder
+from omniloom.track.run_directory import stop_asked
 from omniloom.track.tracker import Tracker
 from omniloom.train import checkpoint
 from omniloom.train.config import TrainingRun
@@ -35,10 +36,10 @@ def train(run: TrainingRun) -> None:
         stack.callback(shut_down)
         state = checkpoint.resume(engine, corpus, run.folder)
         tracker = None
+        where = engine.gather({"host": platform.node(), "pid": os.getpid()})
         if engine.rank == 0:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
-            here = {"host": platform.node(), "pid": os.getpid()}
-            tracker.event("start", step=state.step, ranks=engine.ranks, corpus=corpus.sha256, **here)
+            tracker.event("start", step=state.step, corpus=corpus.sha256, ranks=where)
         stream = _Stream(run, corpus, engine)
         if tracker is not None and stream.skipped:
             tracker.event("skipped_documents", count=stream.skipped, reason=f"media and over {run.data.seq_len} tokens")
@@ -52,17 +53,21 @@ def train(run: TrainingRun) -> None:
             state = replace(
                 state, step=step, samples=step * run.train.global_batch_size, tokens=state.tokens + result.tokens
             )
-            line = _line(run, state, result, engine, model, run.optimizer.lr * share) | _times(
+            memory, stop = engine.max_over_ranks([_peak_memory_bytes(), float(stop_asked(run.folder))])
+            line = _line(run, state, result, model, run.optimizer.lr * share) | _times(
                 engine, result, time.monotonic() - started + waited_s, waited_s
             )
+            line["memory_peak_bytes"] = int(memory)
             line["batch_hash"] = stream.hash_of(batches)
             line["eta_s"] = (time.monotonic() - began) / (step - first) * (run.steps - step)
             if step % run.train.val_every == 0 or step == run.steps:
                 line |= stream.validate()
             if tracker is not None:
                 tracker.metrics(line)
-            if step % run.train.save_every == 0 or step == run.steps:
+            if step % run.train.save_every == 0 or step == run.steps or stop:
                 checkpoint.save(engine, model, corpus, run.folder, state)
+            if stop:
+                break
 
 
 class _Stream:
@@ -127,9 +132,7 @@ class _Stream:
         return validation_loss(self._engine, batches, self.loss_weight_S, self._names)
 
 
-def _line(
-    run: TrainingRun, state: checkpoint.State, result: StepResult, engine: Engine, model: Decoder, lr: float
-) -> dict[str, Any]:
+def _line(run: TrainingRun, state: checkpoint.State, result: StepResult, model: Decoder, lr: float) -> dict[str, Any]:
     """The metrics of one step, by the contract's keys."""
     line: dict[str, Any] = {
         "step": state.step,
@@ -138,7 +141,6 @@ def _line(
         "lr": lr,
         "grad_norm": result.grad_norm,
         "tokens": state.tokens,
-        "memory_peak_bytes": int(engine.max_over_ranks(_peak_memory_bytes())),
     }
     if result.mtp is not None:
         line["loss/mtp"] = result.mtp

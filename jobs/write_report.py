@@ -1,0 +1,19 @@
+"""A run's page, runs/<run>/report.html: `omniloom report first`."""
+
+from omniloom.errors import ConfigError
+from omniloom.settings import ReportSettings, run_job
+
+
+def main(settings: ReportSettings) -> None:
+    settings.check()
+    from omniloom.track.report import find_run, write_report
+
+    folder = find_run(settings.run or "", settings.runs_dir)
+    try:
+        print(write_report(folder))
+    except OSError as error:
+        raise ConfigError(f"the page of {folder} cannot be written: {error}") from error
+
+
+if __name__ == "__main__":
+    run_job("write_report", ReportSettings, main)
