@@ -67,7 +67,7 @@ def run_on_ranks(
     if isinstance(error, WorkerGroupError):
         raise _as_ours(*_first_cause(error.worker_failures)) from error
     if isinstance(error, TrainingFailedError | RayError):
-        raise ClusterError(f"the training job failed before its ranks ran: {error}") from error
+        raise ClusterError(f"the training job failed outside of its ranks: {error}") from error
     raise error
 
 
