@@ -41,12 +41,11 @@ def main(settings: ClientSettings) -> None:
             print(f"  {name:16} {value}")
 
     def logs() -> None:
-        if not settings.follow:
-            client.job(identity)
+        client.job(identity)  # a wrong id is named
+        if settings.follow:
+            client.follow(identity, partial(print, end="", flush=True)).say_how_it_ended()
+        else:
             print(client.logs(identity), end="")
-            return
-        client.job(identity)
-        client.follow(identity, partial(print, end="", flush=True)).say_how_it_ended()
 
     def stop() -> None:
         job = client.job(identity)

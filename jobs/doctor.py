@@ -5,10 +5,11 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from omniloom.cluster.config import ClusterConfig
-from omniloom.cluster.local import find_address, is_guarded, read_local
+from omniloom.cluster.local import is_guarded, read_local
 from omniloom.doctor import Finding, accelerator, deepspeed_ops, machine, versions, wandb_mode
 from omniloom.errors import OmniloomError
 from omniloom.settings import DoctorSettings, run_job
@@ -24,14 +25,13 @@ def cluster(config: ClusterConfig) -> Iterator[Finding]:
     from omniloom.cluster.submit import JobClient
 
     try:
-        address = find_address(config, or_up=True) or ""
         client = JobClient(config)
         yield Finding("ray", "ok", f"{client.address} answers, at this version; {len(client.jobs())} jobs")
     except OmniloomError as error:
         problem, _, remedy = str(error).rpartition(": ")
         yield Finding("ray", "fail", problem or remedy, remedy if problem else None)
         return
-    if is_guarded(address):
+    if is_guarded(client.dashboard):
         yield Finding("authentication", "ok", "the cluster asks for a token")
     else:
         remedy = "start its nodes with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file>"
@@ -43,8 +43,7 @@ def main(settings: DoctorSettings) -> None:
     rooms = [
         machine(Path(settings.runs_dir).absolute()),
         versions(),
-        (look() for look in (accelerator, deepspeed_ops)),
-        (wandb_mode(mode) for mode in (settings.track.wandb,)),
+        (look() for look in (accelerator, deepspeed_ops, partial(wandb_mode, settings.track.wandb))),
         cluster(settings.cluster),
     ]
     for room in rooms:

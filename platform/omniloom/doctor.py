@@ -32,6 +32,7 @@ class Finding:
 def versions(of: str = "omniloom") -> Iterator[Finding]:
     """Every requirement of the package, and what those require of each other."""
     wanted = _requirements(of)
+    theirs_of = {other.name: _requirements(other.name) for other in wanted}
     for requirement in wanted:
         try:
             installed = distribution(requirement.name).version
@@ -42,7 +43,7 @@ def versions(of: str = "omniloom") -> Iterator[Finding]:
         for other in wanted:
             clashes += [
                 f"{other.name} needs {theirs}"
-                for theirs in _requirements(other.name)
+                for theirs in theirs_of[other.name]
                 if theirs.name.lower() == requirement.name.lower()
                 and not theirs.specifier.contains(installed, prereleases=True)
             ]

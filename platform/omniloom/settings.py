@@ -229,26 +229,21 @@ def _put_in_what_like_says() -> None:
         raise ConfigError(
             f"like={given['like']} and experiment={given['experiment']} are both whole runs: drop one of them"
         )
-    from omniloom.track.run_directory import locate, read_config
+    from omniloom.track.run_directory import flat, locate, read_config
 
     place = locate(given["like"], given.get("runs_dir", "runs"))
     if place.run_folder is None:
         raise ConfigError(f"like={given['like']} is no run")
     groups = {path.name for path in resource_folder("conf").iterdir() if path.is_dir()}
     taken = {"run", "like", "runs_dir", *(groups & given.keys())}
-    saved = OmegaConf.create({key: value for key, value in read_config(place.run_folder).items() if key not in taken})
-    words = [f"{'++' if _is_free(key) else ''}{key}={_literal(_plain(saved, key))}" for key in flat_keys(saved)]
+    saved = flat({key: value for key, value in read_config(place.run_folder).items() if key not in taken})
+    words = [f"{'++' if _is_free(key) else ''}{key}={_literal(value)}" for key, value in saved.items()]
     first = next(index for index, word in enumerate(sys.argv) if "=" in word)
     sys.argv[first:first] = words  # together: Hydra's parser takes one stretch of overrides
 
 
 def _is_free(key: str) -> bool:
     return key.startswith(tuple(f"{mapping}." for mapping in FREE_MAPPINGS))
-
-
-def _plain(config: DictConfig, key: str) -> Any:
-    value = OmegaConf.select(config, key)
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _literal(value: Any) -> str:

@@ -14,11 +14,8 @@ OMNILOOM = str(Path(sys.executable).parent / "omniloom")
 LEAST_STEPS_BEFORE_THE_KILL = 15  # past the first checkpoint, before the second
 
 
-STEPS = 400
-
-
 def start(folder: Path, run: str) -> subprocess.Popen[bytes]:
-    words = ["experiment=smoke", f"run={run}", f"train.steps={STEPS}", "train.save_every=10", "cluster.workers=2"]
+    words = ["experiment=smoke", f"run={run}", "train.steps=400", "train.save_every=10", "cluster.workers=2"]
     with (folder / f"{run}.log").open("ab") as log:
         return subprocess.Popen([OMNILOOM, "train", *words], cwd=folder, stdout=log, stderr=log)
 
@@ -44,13 +41,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def is_as_unbroken(folder: Path, run: str) -> None:
-    after, before = metrics(folder, run), metrics(folder, "unbroken")
-    assert [line["step"] for line in after] == list(range(1, STEPS + 1))
-    for key in ("loss/next_token", "loss/mtp", "loss/balance", "grad_norm", "batch_hash", "tokens"):
-        assert [line[key] for line in after] == [line[key] for line in before], key
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("victim", ["driver", "rank"])
@@ -63,7 +53,10 @@ def test_the_same_command_continues_bit_for_bit(victim: str, unbroken: Path) -> 
     assert len(metrics(unbroken, victim)) < 400, "the run ended before it was killed"
 
     assert start(unbroken, victim).wait(timeout=240) == 0, (unbroken / f"{victim}.log").read_text()[-2000:]
-    is_as_unbroken(unbroken, victim)
+    after, before = metrics(unbroken, victim), metrics(unbroken, "unbroken")
+    assert [line["step"] for line in after] == list(range(1, 401))
+    for key in ("loss/next_token", "loss/mtp", "loss/balance", "grad_norm", "batch_hash", "tokens"):
+        assert [line[key] for line in after] == [line[key] for line in before], key
     starts = [json.loads(line) for line in (unbroken / "runs" / victim / "events.jsonl").read_text().splitlines()]
     resumed = [event["step"] for event in starts if event["event"] == "start"]
     assert len(resumed) == 2

@@ -70,6 +70,14 @@ def _write(cluster: LocalCluster) -> None:
     partial.replace(_state_file())
 
 
+def write_token(folder: Path) -> Path:
+    """A fresh token in a file that only this user's processes can read."""
+    path = folder / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    return path
+
+
 def find_address(config: ClusterConfig, or_up: bool = False) -> str | None:
     """The address that a configuration or RAY_ADDRESS names; with `or_up`, else the cluster that was started here.
 
@@ -131,9 +139,7 @@ def start_local(config: LocalClusterConfig) -> LocalCluster:
     if old is not None:
         stop_local(old)  # what a crash left
     scratch = Path(tempfile.mkdtemp(prefix="omniloom-"))  # short: Ray's sockets lie in it
-    token = scratch / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    token = write_token(scratch)
     wanted = {
         "nodes": config.nodes,
         "cpus": config.cpus_per_node or max(1, (os.cpu_count() or 1) // config.nodes),

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from ray.exceptions import RayError
 
 from omniloom.cluster.config import ClusterConfig
-from omniloom.cluster.local import find_address, refuse_unreachable
+from omniloom.cluster.local import find_address, refuse_unreachable, write_token
 from omniloom.errors import ClusterError
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray's job server sets for what it starts
@@ -101,7 +100,5 @@ def _attached(address: str, env: dict[str, str]) -> Iterator[None]:
 def _token_folder() -> "tempfile.TemporaryDirectory[str]":
     """A folder with a fresh token, for the clusters of this process; it goes when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="omniloom-")
-    path = Path(folder.name) / "token"
-    path.touch(mode=0o600)
-    path.write_text(secrets.token_hex(32))
+    write_token(Path(folder.name))
     return folder

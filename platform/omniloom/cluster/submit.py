@@ -103,6 +103,11 @@ class JobClient:
                 f"here or ray=={ray.__version__} there"
             )
 
+    @property
+    def dashboard(self) -> str:
+        """The http address that answers, whichever of the head's was named."""
+        return str(self._client.get_address())
+
     def submit(self, submission: Submission, env: dict[str, str]) -> str:
         """Submit a verb with its working directory, `env` in every process of the job; returns the job's id."""
         folder, verb, run = submission.working_dir, submission.verb, submission.run

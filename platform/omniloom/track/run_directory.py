@@ -76,6 +76,11 @@ def write_record(folder: Path, record: RunRecord) -> None:
     jsonl.replace_text(folder / "run.json", json.dumps(asdict(record), indent=2) + "\n")
 
 
+def write_event(folder: Path, kind: str, **facts: Any) -> None:
+    """Append one event to a run's events.jsonl."""
+    jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": kind, **facts})
+
+
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """Be the only command that runs this run; raises ConfigError, with the other's whereabouts, where one does."""
@@ -114,7 +119,7 @@ def open_run(
             return record
         if record.status == "running":
             lost = {"host": record.host, "pid": record.pid, "ray_job_id": record.ray_job_id}
-            jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": "command_lost", **lost})
+            write_event(folder, "command_lost", **lost)
         record.status, record.exit_reason = "running", None
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +152,7 @@ def record_failure(folder: Path, rank: int, cause: str) -> None:
     """Write down which rank failed, where it ran, and how."""
     starts = [event for event in jsonl.read(folder / "events.jsonl") if event["event"] == "start"]
     where = starts[-1]["ranks"][rank] if starts and rank < len(starts[-1]["ranks"]) else {}
-    event = {"time": time.time(), "event": "failure", "rank": rank, **where, "cause": cause}
-    jsonl.append(folder / "events.jsonl", event)
+    write_event(folder, "failure", rank=rank, **where, cause=cause)
 
 
 @contextmanager
@@ -169,7 +173,7 @@ def running(folder: Path) -> Iterator[None]:
         record = read_record(folder)
         record.status, record.exit_reason = status, reason
         write_record(folder, record)
-        jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": status, "reason": reason})
+        write_event(folder, status, reason=reason)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_changes(folder: Path, config: Mapping[str, Any]) -> None:
-    old, new = _flat(read_config(folder)), _flat(config)
+    old, new = flat(read_config(folder)), flat(config)
     changed = [
         f"  {key}: {old.get(key)} → {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -200,14 +204,15 @@ def _refuse_changes(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by dotted key; an empty mapping is a value."""
+    values: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            values[f"{prefix}{key}"] = value
+    return values
 
 
 def git_revision() -> str | None:

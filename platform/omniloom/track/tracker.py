@@ -1,7 +1,6 @@
 """One run's record: metrics by step, events, and their mirror on W&B. Only rank 0 has one."""
 
 import json
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +9,7 @@ from filelock import FileLock
 
 from omniloom.track import jsonl
 from omniloom.track.config import TrackConfig
-from omniloom.track.run_directory import read_config, read_record, write_record
+from omniloom.track.run_directory import read_config, read_record, write_event, write_record
 from omniloom.track.wandb_tracker import WandbTracker
 
 WRITER_WAIT_S = 120
@@ -47,11 +46,6 @@ class Tracker:
     def event(self, kind: str, **facts: Any) -> None:
         """Record that something happened."""
         write_event(self._folder, kind, **facts)
-
-
-def write_event(folder: Path, kind: str, **facts: Any) -> None:
-    """Append one event to a run's events.jsonl."""
-    jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": kind, **facts})
 
 
 def record_evaluations(
