@@ -150,6 +150,8 @@ def start_local(config: LocalClusterConfig) -> LocalCluster:
         "scratch": str(scratch),
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        # Jobs begin with `python`: this one, whichever the shell would find.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's only switch that keeps every port on loopback
