@@ -34,12 +34,16 @@ MAY_CHANGE = (
     "data.loader_workers",
     "force",
     "like",
+    "fork",
     "runs_dir",
     "corpus",
     "manifest",
     "samples",
 )
 STOP = "stop"  # an empty file in the run directory
+GIT_DIFF = "git.diff"  # what the checkout's revision lacks
+MOST_DIFF_BYTES = 1 << 20
+REVISION_OF_A_JOB = "OMNILOOM_GIT_REVISION"  # whose folder travels without its history
 
 
 @dataclass
@@ -101,6 +105,12 @@ def claim(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def wait_until_free(folder: Path) -> None:
+    """Return when no command runs this run any more."""
+    with FileLock(folder / ".lock"):
+        pass
+
+
 def open_run(
     folder: Path, config: Mapping[str, Any], ray_job_id: str | None = None, parent_run: str | None = None
 ) -> RunRecord:
@@ -132,6 +142,8 @@ def open_run(
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
         record.wandb_id = record.id
+        if diff := _git("diff", "HEAD"):
+            (folder / GIT_DIFF).write_text(diff[:MOST_DIFF_BYTES])
     record.host, record.pid, record.ray_job_id = platform.node(), os.getpid(), ray_job_id
     jsonl.replace_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_record(folder, record)  # last: a folder without it is no run yet, and a repeat starts afresh
@@ -216,12 +228,15 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """The checkout that the command is called in, with -dirty where it was changed; None outside of one."""
+    """The checkout that the command, or the one that submitted it, is called in; -dirty where it was changed."""
+    return os.environ.get(REVISION_OF_A_JOB) or _git("describe", "--always", "--dirty").strip() or None
+
+
+def _git(*words: str) -> str:
     try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *words], capture_output=True, text=True, errors="replace", check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return answer.stdout.strip()
+        return ""  # not a checkout, or no git
 
 
 @dataclass
@@ -238,7 +253,7 @@ class Place:
         return int(name.removeprefix("step_")) if name.startswith("step_") else None
 
 
-def locate(init: str, runs_dir: str) -> Place:
+def locate(init: str, runs_dir: str, key: str = "init") -> Place:
     """Resolve init=<run[@step, @latest] | checkpoint | model folder>; raises ConfigError saying what there is."""
     name, _, at = init.partition("@")
     if not (Path(runs_dir) / name / "run.json").is_file():
@@ -247,11 +262,11 @@ def locate(init: str, runs_dir: str) -> Place:
             owners = [parent for parent in (path, *path.parents) if (parent / "run.json").is_file()]
             return Place(path, owners[0] if owners else None)
         runs = [path.parent.name for path in Path(runs_dir).glob("*/run.json")]
-        raise ConfigError(f"init={init} is neither a run in {runs_dir} nor a folder; {did_you_mean(name, runs)}")
+        raise ConfigError(f"{key}={init} is neither a run in {runs_dir} nor a folder; {did_you_mean(name, runs)}")
     folder = (Path(runs_dir) / name).absolute()
     if at in ("", "latest"):
         return Place(folder, folder)
     steps = [int(path.parent.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*/COMPLETE")]
     if not at.isdigit() or int(at) not in steps:
-        raise ConfigError(f"init={init}: run {name} has no checkpoint {at}; complete are {sorted(steps)} and latest")
+        raise ConfigError(f"{key}={init}: run {name} has no checkpoint {at}; complete are {sorted(steps)} and latest")
     return Place(folder / "checkpoints" / f"step_{int(at):08d}", folder)

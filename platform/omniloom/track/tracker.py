@@ -43,6 +43,10 @@ class Tracker:
         jsonl.append(self._folder / "metrics.jsonl", line)
         self._wandb.metrics(line)
 
+    def checkpoint(self, folder: Path) -> None:
+        """Record that a checkpoint is complete."""
+        self._wandb.checkpoint(folder)
+
     def event(self, kind: str, **facts: Any) -> None:
         """Record that something happened."""
         write_event(self._folder, kind, **facts)

@@ -65,7 +65,9 @@ def train(run: TrainingRun) -> None:
             if tracker is not None:
                 tracker.metrics(line)
             if step % run.train.save_every == 0 or step == run.steps or stop:
-                checkpoint.save(engine, model, corpus, run.folder, state)
+                folder = checkpoint.save(engine, model, corpus, run.folder, state)
+                if tracker is not None:
+                    tracker.checkpoint(folder)
             if stop:
                 break
 

@@ -1,24 +1,16 @@
 """Evaluation samples as cards: the prompt with its media inside the page, the right answer, the model's answer."""
 
 import base64
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from omniloom.track.report.text import middle_cut, size, split_middle
+from omniloom.track.samples import LIMIT_BYTES, MIME, choose_samples
 
-CARDS_PER_TASK = 6
-LIMIT_BYTES = 4 * 2**20  # one media file inside the page
 PAGE_LIMIT_BYTES = 40 * 2**20  # all of them
 HEAD_CHARACTERS, TAIL_CHARACTERS = 420, 260  # of a long text
 ANSWER_CHARACTERS = 200
-# Only these: an unknown type is named, and no other file of the machine gets into a page.
-MIME = {
-    "image": {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "gif": "gif"},
-    "audio": {"wav": "wav", "flac": "flac", "mp3": "mpeg", "ogg": "ogg"},
-    "video": {"mp4": "mp4", "webm": "webm", "mkv": "x-matroska"},
-}
 
 
 @dataclass
@@ -75,48 +67,11 @@ class Budget:
 
 def read_samples(task: str, path: Path, budget: Budget) -> TaskSamples | None:
     """A few samples of one task, right and wrong ones, spread over the file; None where there are none."""
-    places: dict[Any, list[int]] = {True: [], False: [], None: []}  # where each sample begins: the file may be large
-    offset = 0
-    if not path.is_file():
+    chosen = choose_samples(path)
+    if chosen is None:
         return None
-    with path.open("rb") as stream:
-        for line in stream:
-            sample = _sample(line)
-            if sample is not None:
-                right = sample.get("right")
-                places[right if isinstance(right, bool) else None].append(offset)
-            offset += len(line)
-        total = sum(map(len, places.values()))
-        if not total:
-            return None
-        cards = []
-        for place in sorted(_chosen(places)):
-            stream.seek(place)
-            cards.append(_card(_sample(stream.readline()) or {}, path.parent, budget))
-    return TaskSamples(task, cards, total, len(places[True]))
-
-
-def _sample(line: bytes) -> dict[str, Any] | None:
-    try:
-        sample = json.loads(line)  # fails for a line torn off
-    except ValueError:
-        return None
-    return sample if isinstance(sample, dict) else None
-
-
-def _chosen(places: dict[Any, list[int]]) -> list[int]:
-    """Half right, half wrong where there are enough of both, then whatever else there is."""
-    wrong, right, unknown = places[False], places[True], places[None]
-    half = CARDS_PER_TASK // 2
-    wrong_count = min(len(wrong), max(half, CARDS_PER_TASK - len(right)))
-    right_count = min(len(right), CARDS_PER_TASK - wrong_count)
-    unknown_count = CARDS_PER_TASK - wrong_count - right_count
-    return [*_spread(wrong, wrong_count), *_spread(right, right_count), *_spread(unknown, unknown_count)]
-
-
-def _spread(places: list[int], wanted: int) -> list[int]:
-    wanted = min(wanted, len(places))
-    return [places[i * len(places) // wanted] for i in range(wanted)]
+    cards = [_card(sample, path.parent, budget) for sample in chosen.samples]
+    return TaskSamples(task, cards, chosen.total, chosen.right)
 
 
 def _card(sample: dict[str, Any], folder: Path, budget: Budget) -> Card:
