@@ -16,8 +16,8 @@ def main(settings: TrainSettings) -> None:
     from omniloom.data.shards import Corpus
     from omniloom.track.progress import follow
     from omniloom.track.report import reported
-    from omniloom.track.run_directory import ask_to_stop, claim, open_run, record_failure, running
-    from omniloom.train.checkpoint import newest_state
+    from omniloom.track.run_directory import ask_to_stop, claim, locate, open_run, record_failure, running
+    from omniloom.train.checkpoint import fork, newest_state
     from omniloom.train.loop import train
 
     run = settings.folder
@@ -28,7 +28,9 @@ def main(settings: TrainSettings) -> None:
         corpus = Corpus(folder)
         settings.check_index(corpus.index)
         with claim(run):
-            record = open_run(run, asdict(settings), job_id(), settings.like)
+            if settings.fork and not (run / "run.json").is_file():
+                fork(locate(settings.fork, settings.runs_dir, "fork"), run)
+            record = open_run(run, asdict(settings), job_id(), settings.fork or settings.like)
             if record.status == "finished":
                 print(f"run {settings.run} is finished: {run}; train.steps=… makes it longer")
                 return
@@ -38,8 +40,8 @@ def main(settings: TrainSettings) -> None:
                 stop, failed = partial(ask_to_stop, run), partial(record_failure, run)
                 stopped = run_on_ranks(train, settings, settings.cluster, stop, failed)
                 state = newest_state(run)
-                if stopped and (state is None or state.step < settings.steps):
-                    raise KeyboardInterrupt(f"{stopped}, saved at step {state.step if state else 0}")
+                if state is None or state.step < settings.steps:
+                    raise KeyboardInterrupt(f"{stopped or 'asked to stop'}, saved at step {state.step if state else 0}")
             print(f"run {settings.run} is finished: {run}")
 
 

@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -14,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from omniloom.cluster.config import ClusterConfig
+from omniloom.cluster.session import die_with_parent
 from omniloom.errors import ClusterError, OmniloomError
 
 Argument = TypeVar("Argument")
@@ -38,7 +40,7 @@ def run_on_ranks(
     has_gpu = ray.cluster_resources().get("GPU", 0) >= config.workers
     with tempfile.TemporaryDirectory(prefix="omniloom-train-") as scratch, _stop_signals(ask_to_stop) as stop:
         trainer = TorchTrainer(
-            lambda: function(argument),
+            partial(_rank, function, argument),
             torch_config=TorchConfig(backend="nccl" if has_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=config.workers,
@@ -69,6 +71,11 @@ def run_on_ranks(
     if isinstance(error, TrainingFailedError | RayError):
         raise ClusterError(f"the training job failed outside of its ranks: {error}") from error
     raise error
+
+
+def _rank(function: Callable[[Argument], None], argument: Argument) -> None:
+    die_with_parent()
+    function(argument)
 
 
 def _keep_error(call: Callable[[], Any], outcome: list[BaseException]) -> None:

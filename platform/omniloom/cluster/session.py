@@ -1,8 +1,11 @@
 """Attach to a Ray cluster, or start one on this machine that ends with the command."""
 
+import ctypes
 import json
 import logging
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +19,12 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from ray.exceptions import RayError
 
 from omniloom.cluster.config import ClusterConfig
-from omniloom.cluster.local import find_address, refuse_unreachable, write_token
+from omniloom.cluster.local import WORKER_ENVIRONMENT, find_address, refuse_unreachable, write_token
 from omniloom.errors import ClusterError
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray's job server sets for what it starts
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not safe between fork and exec
 
 
 @contextmanager
@@ -42,10 +47,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     # A cluster of one machine: Ray then binds every port to loopback. Its public parameter for the address refuses
     # loopback, and this switch, meant for laptops, is all it has.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # Workers inherit: a model's large tensors come from the heap that is kept, not from fresh pages each time.
-    for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(threshold, str(1 << 32))
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # at Ray's 2 s a short run mostly waits
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, config.workers * config.cpus_per_worker),
@@ -59,6 +62,15 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = True
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies: the raylet, for what Ray starts.
+
+    Ranks whose node has died would train on, and write, beside those that replaced them, until Ray's own check.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def job_id() -> str:

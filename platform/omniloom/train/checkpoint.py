@@ -17,6 +17,8 @@ from omniloom.data.shards import Corpus, file_sha256
 from omniloom.errors import CheckpointError, DataError
 from omniloom.model.decoder import Decoder
 from omniloom.model.load import save_model
+from omniloom.track import jsonl
+from omniloom.track.run_directory import Place
 from omniloom.train.engine import Engine
 
 
@@ -37,8 +39,8 @@ def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
-def save(engine: Engine, model: Decoder, corpus: Corpus, run_folder: Path, state: State) -> None:
-    """Write a checkpoint; every rank calls it, and it counts once COMPLETE stands."""
+def save(engine: Engine, model: Decoder, corpus: Corpus, run_folder: Path, state: State) -> Path:
+    """Write a checkpoint and return its folder; every rank calls it, and it counts once COMPLETE stands."""
     folder = step_folder(run_folder, state.step)
     if engine.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
@@ -58,6 +60,27 @@ def save(engine: Engine, model: Decoder, corpus: Corpus, run_folder: Path, state
         }
         (folder / "COMPLETE").write_text(json.dumps(inventory, indent=1))
     engine.barrier()
+    return folder
+
+
+def fork(source: Place, run_folder: Path) -> None:
+    """Begin a run at another one's checkpoint: that checkpoint and the metrics up to it become its own.
+
+    A run, without a step, stands for its newest complete one. Raises CheckpointError where there is none.
+    """
+    complete = complete_checkpoints(source.path)
+    checkpoint = complete[-1] if complete else source.path
+    verify(checkpoint)
+    step = TypeAdapter(State).validate_json((checkpoint / "state.json").read_bytes()).step
+    folder = step_folder(run_folder, step)
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+    if source.run_folder is not None:
+        shutil.copyfile(source.run_folder / "metrics.jsonl", run_folder / "metrics.jsonl")
+        jsonl.cut_back(run_folder / "metrics.jsonl", step)
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:

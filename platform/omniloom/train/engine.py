@@ -17,6 +17,8 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.ops import __compatible_ops__
 
+SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # of a parameter group; its rate is set at every step
+
 
 def deepspeed_config(run: TrainingRun, ranks: int) -> dict[str, Any]:
     """Translate a run into DeepSpeed's own configuration."""
@@ -93,8 +95,12 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote at the same number of ranks and ZeRO stage."""
+        """Read back what `save` wrote at the same ranks and ZeRO stage; the optimizer's settings stay this run's."""
+        groups = self._engine.optimizer.param_groups
+        ours = [{name: group[name] for name in SETTINGS if name in group} for group in groups]
         self._engine.load_checkpoint(str(folder), tag="state")
+        for group, settings in zip(self._engine.optimizer.param_groups, ours, strict=True):
+            group |= settings  # a run forked from another may have other ones
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's weights; all ranks call it, rank 0 gets them."""
