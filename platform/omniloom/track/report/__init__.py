@@ -1,38 +1,33 @@
 """The page of one run: `report.html`, one file with its charts and media inside, that asks the network for nothing.
 
 The story, in call order: `find_run` finds the run; `write_report` reads its files (`metrics`, `scores`,
-`samples`), draws the charts (`charts`, `heatmaps`), fills in `page.html.j2` and puts the page in
-its place. A run may be at any state: what it does not have yet, or no longer has, is said in the page.
+`samples`), draws the charts (`charts`, `heatmaps`), and fills in `page.html.j2` (`page`). A run may be at any state:
+what it does not have yet, or no longer has, is said in the page.
 """
 
 import platform
-import secrets
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-
 from omniloom.errors import ConfigError, did_you_mean
-from omniloom.track import jsonl
 from omniloom.track.report import text
 from omniloom.track.report.charts import history_charts, router_charts, training_charts
 from omniloom.track.report.figure import Chart
 from omniloom.track.report.heatmaps import grid_chart
 from omniloom.track.report.metrics import Metrics, read_metrics, whole_lines
-from omniloom.track.report.samples import LIMIT_BYTES, PAGE_LIMIT_BYTES, Budget, read_samples
+from omniloom.track.report.page import clock, write_page
+from omniloom.track.report.samples import PAGE_LIMIT_BYTES, Budget, read_samples
 from omniloom.track.report.scores import grid_of, newest, read_history, table_rows
 from omniloom.track.run_directory import RunRecord, read_config, read_record
+from omniloom.track.samples import LIMIT_BYTES
+from omniloom.track.sweep import FILE
 from omniloom.track.verdict import verdict
 
 LAST_EVENTS = 25
@@ -51,11 +46,11 @@ class Tile:
 
 
 def find_run(run: str, runs_dir: str) -> Path:
-    """The folder of a run named under `runs_dir`, or given as a path; raises ConfigError with the nearest name."""
+    """The folder of a run or sweep named under `runs_dir`, or given as a path; raises ConfigError, with the nearest."""
     for folder in (Path(runs_dir) / run, Path(run)):
-        if (folder / "run.json").is_file():
+        if any((folder / name).is_file() for name in ("run.json", FILE)):
             return folder.absolute()
-    runs = [path.parent.name for path in Path(runs_dir).glob("*/run.json")]
+    runs = [path.parent.name for name in ("run.json", FILE) for path in Path(runs_dir).glob(f"*/{name}")]
     raise ConfigError(f"{run} is neither a run in runs_dir={runs_dir} nor a run's folder; {did_you_mean(run, runs)}")
 
 
@@ -75,22 +70,12 @@ def write_report(run_folder: Path) -> Path:
     """Write a run's page, whole or not at all, and return its path; raises ConfigError where the folder is no run."""
     folder = run_folder.absolute()
     record = read_record(folder)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["size"] = text.size
-    page = environment.get_template("page.html.j2").render(_contents(folder, record))
-    # What no file may hold, such as half a surrogate pair from a prompt, becomes a question mark.
-    jsonl.replace_text(folder / "report.html", page.encode("utf-8", "replace").decode())
-    return folder / "report.html"
+    contents, charts = _contents(folder, record)
+    return write_page(folder, "page.html.j2", contents, charts)
 
 
-def _contents(folder: Path, record: RunRecord) -> dict[str, Any]:
-    """Everything that the template names."""
+def _contents(folder: Path, record: RunRecord) -> tuple[dict[str, Any], list[Chart]]:
+    """Everything that the template names, and its charts."""
     events = list(whole_lines(folder / "events.jsonl"))
     restarts = sorted({e["step"] for e in events if e.get("event") == "start" and isinstance(e.get("step"), int)} - {0})
     metrics = read_metrics(folder / "metrics.jsonl")
@@ -108,20 +93,15 @@ def _contents(folder: Path, record: RunRecord) -> dict[str, Any]:
         "needle": [grid_chart(result.task, i, grid) for i, (result, grid) in enumerate(grids)],
         "history": history_charts(history),
     }
-    figures = {chart.id: chart.figure for charts in sections.values() for chart in charts}
-    return {
+    contents = {
+        "name": record.name,
+        "status": record.status,
         "run": record,
-        "folder": str(folder),
-        "written": _clock(time.time()),
-        "nonce": secrets.token_urlsafe(16),
         "tiles": _tiles(record, config, metrics, events, folder),
-        "starts": [event for event in events if event.get("event") == "start"],
+        "ranks": _ranks(events),
         "restarts": restarts,
         "verdicts": verdict([result.as_dict() for result in results]),
         "charts": sections,
-        "figures": figures,
-        # Markup: the library's own source, the only text in the page that is not escaped.
-        "plotly": Markup(get_plotlyjs()) if figures else "",
         "scores": table_rows(results),
         "damaged": damaged,
         "samples": [of_task for of_task in samples if of_task is not None],
@@ -132,6 +112,7 @@ def _contents(folder: Path, record: RunRecord) -> dict[str, Any]:
         "last_events": _last_events(events),
         "events_left_out": max(0, len(events) - LAST_EVENTS),
     }
+    return contents, [chart for charts in sections.values() for chart in charts]
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -175,6 +156,12 @@ def _tiles(
     if memory is not None:
         tiles.append(Tile("Peak memory", text.size(memory.last), "of one rank"))
     return tiles
+
+
+def _ranks(events: list[dict[str, Any]]) -> int:
+    """How many ranks the last start had."""
+    starts = [event.get("ranks") for event in events if event.get("event") == "start"]
+    return len(starts[-1]) if starts and isinstance(starts[-1], list) else 0
 
 
 def _planned_steps(config: dict[str, Any] | None) -> int | None:
@@ -243,12 +230,5 @@ def _last_events(events: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     for event in reversed(events[-LAST_EVENTS:]):
         facts = {key: value for key, value in event.items() if key not in ("time", "event") and value is not None}
         told = text.middle_cut(", ".join(f"{key} {value}" for key, value in text.flat_redacted(facts)))
-        rows.append((_clock(event.get("time")), str(event.get("event")), told))
+        rows.append((clock(event.get("time")), str(event.get("event")), told))
     return rows
-
-
-def _clock(seconds: Any) -> str:
-    try:
-        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
-    except (TypeError, ValueError, OverflowError, OSError):
-        return "–"
