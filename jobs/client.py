@@ -41,11 +41,16 @@ def main(settings: ClientSettings) -> None:
             print(f"  {name:16} {value}")
 
     def logs() -> None:
-        client.job(identity)  # a wrong id is named
+        job = client.job(identity)  # a wrong id is named
         if settings.follow:
-            client.follow(identity, partial(print, end="", flush=True)).say_how_it_ended()
-        else:
+            stream = sys.stderr if settings.json else sys.stdout
+            job = client.follow(identity, partial(print, end="", flush=True, file=stream))
+        if settings.json:
+            print(json.dumps(job.as_dict() | {"logs": client.logs(identity)}))
+        elif not settings.follow:
             print(client.logs(identity), end="")
+        if settings.follow:
+            job.say_how_it_ended()
 
     def stop() -> None:
         job = client.job(identity)

@@ -23,6 +23,7 @@ VERBS = {
     "train": Verb("pretrain.py"),
     "evaluate": Verb("run_evals.py"),
     "report": Verb("write_report.py", words=("run",)),
+    "sweep": Verb("sweep_runs.py"),
     "submit": Verb("submit_job.py"),
     "jobs": Verb("client.py", sets=("verb=jobs",)),
     "status": Verb("client.py", words=("id",), sets=("verb=status",)),
@@ -43,6 +44,7 @@ usage: omniloom VERB [key=value …]
   train      shards to a trained model
   evaluate   a trained model to scores, through lm-eval
   report     a run's page: its curves, scores and samples in one file
+  sweep      train, many times, over values of any keys; what is clearly worse ends early
 
   submit     a verb as a job of a Ray cluster: it goes on when this terminal is closed
   jobs       a cluster's jobs; status ID, logs ID [-f] and stop ID for one of them
@@ -57,6 +59,7 @@ examples:
   omniloom train experiment=smoke run=smoke
   omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[held-out.txt]
   omniloom report first
+  omniloom sweep train experiment=smoke run=lr optimizer.lr='tag(log,interval(1e-4,1e-2))' sweep=asha
   omniloom cluster up nodes=2
   omniloom submit train experiment=smoke run=smoke -f
 
@@ -76,7 +79,7 @@ def run_verb(verb: str, words: list[str]) -> None:
 
 def _as_overrides(verb: str, keys: tuple[str, ...], words: list[str]) -> list[str]:
     """Words without = as the verb's own keys, in order; raises ConfigError on one too many."""
-    from omniloom.settings import quoted
+    from omniloom.overrides import quoted
 
     if not keys:
         return words

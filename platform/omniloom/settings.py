@@ -3,6 +3,7 @@
 Defaults stand on the dataclass fields and nowhere else; conf/ overrides them; the command line overrides conf/.
 """
 
+import errno
 import os
 import re
 import signal
@@ -21,16 +22,17 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from omniloom.cluster.config import ClusterConfig, LocalClusterConfig
+from omniloom.cli import HYDRA_FLAGS
+from omniloom.cluster.config import Choice, ClusterConfig, LocalClusterConfig, Space, SweepConfig
 from omniloom.data.config import CorpusConfig
 from omniloom.errors import ConfigError, OmniloomError, did_you_mean, refuse_unless_one_of
+from omniloom.overrides import literal, plain, split_sweeps
 from omniloom.track.config import TrackConfig
 from omniloom.train.config import TrainingRun
 
 Settings = TypeVar("Settings")
 FREE_MAPPINGS = ("task_args", "data.weights", "data.loss_weights", "cluster.env")  # whose keys are the user's own
 FLAGS = {"--json": "json=true", "-f": "follow=true", "--follow": "follow=true"}
-INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
 @dataclass
@@ -51,6 +53,7 @@ class TrainSettings(TrainingRun, CorpusConfig):
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     like: str | None = None  # a run whose configuration comes before this command's overrides
+    fork: str | None = None  # <run>@<step>: a checkpoint to begin at, with its optimizer and place in the data
 
     def check(self) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
@@ -88,6 +91,15 @@ class EvaluateSettings:
                 raise ConfigError(f"task_args.{name} is for no task of this command; {did_you_mean(name, self.tasks)}")
         if self.batch_tokens < 1 or (self.limit is not None and self.limit < 1):
             raise ConfigError(f"batch_tokens={self.batch_tokens} and limit={self.limit} must be at least 1")
+
+
+@dataclass
+class SweepSettings:
+    """What a sweep needs to know beside its trials' own keys."""
+
+    run: str = "sweep"
+    runs_dir: str = "runs"
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 @dataclass
@@ -165,19 +177,8 @@ SUBMITTABLE: dict[str, tuple[str, type]] = {
 }
 
 
-def absolute_paths(settings: Any) -> list[str]:
-    """Overrides that name a job's folders from anywhere: it runs in another directory, perhaps on another machine."""
-    words = []
-    for key in ("runs_dir", "corpus", "manifest", "init"):
-        value = getattr(settings, key, None)
-        if value is not None and (key != "init" or Path(value).exists()):
-            words.append(f"{key}={quoted(str(Path(value).absolute()))}")
-    return words
-
-
-def quoted(word: str) -> str:
-    """A word that Hydra takes as it stands."""
-    return "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'"
+# Verbs that many runs can be made of.
+SWEEPABLE = {verb: SUBMITTABLE[verb] for verb in ("train",)}
 
 
 def resource_folder(name: str) -> Path:
@@ -216,13 +217,67 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
         hydra.main(version_base="1.3", config_path=str(resource_folder("conf")), config_name=job)(call)()
 
 
+@dataclass
+class Sweep:
+    """A sweep as it was asked for: one verb, the words its trials share, what they differ in."""
+
+    settings: SweepSettings
+    verb: str
+    words: list[str]
+    space: Space
+    trial: Any  # the verb's settings with the first of each key's values
+
+
+def run_sweep(words: list[str], function: Callable[[Sweep], None]) -> None:
+    """Compose VERB key=value… with several values and call `function` on it, as `run_job` does for one value.
+
+    `run`, `runs_dir` and `sweep.…` are the sweep's own, everything else its trials'. Every value is composed and
+    checked, with the first of the other keys', before any trial costs something; whether all go together, trials show.
+    """
+    if not words or words[0] in ("--help", "-h"):
+        sys.argv = ["omniloom sweep", "--help"]
+        run_job("sweep_runs", SweepSettings, lambda settings: None)
+        return
+    verb, overrides = words[0], words[1:]
+    if verb not in SWEEPABLE:
+        raise ConfigError(f"{verb} cannot be swept; {did_you_mean(verb, SWEEPABLE)}")
+    pairs = list(zip(["", *overrides], overrides, strict=False))
+    flags = [word for before, word in pairs if word.startswith("-") or before in HYDRA_FLAGS]
+    given = [word for before, word in pairs if not word.startswith("-") and before not in HYDRA_FLAGS]
+    own = [word for word in given if word.lstrip("+~").split("=")[0].split(".")[0] in ("sweep", "run", "runs_dir")]
+    fixed, space = split_sweeps([word for word in given if word not in own])
+    asked: list[SweepSettings] = []
+    sys.argv = [f"omniloom sweep {verb}", *own, *flags]
+    run_job("sweep_runs", SweepSettings, asked.append)
+    if not asked:  # --cfg or --help was all
+        return
+    job, schema = SWEEPABLE[verb]
+    first = {key: str(v.values[0] if isinstance(v, Choice) else v.low) for key, v in space.items()}
+
+    def compose(values: dict[str, str], then: Callable[[Any], None]) -> None:
+        runs_dir = [word for word in own if word.startswith("runs_dir=")]
+        sys.argv = [
+            f"omniloom sweep {verb}",
+            *flags,
+            *fixed,
+            *runs_dir,
+            *(f"{key}={value}" for key, value in values.items()),
+        ]
+        run_job(job, schema, then)
+
+    for key, values in space.items():
+        for value in values.values if isinstance(values, Choice) else (str(values.low), str(values.high)):
+            compose(first | {key: value}, lambda trial: trial.check())
+    compose(first, lambda trial: function(Sweep(asked[0], verb, fixed, space, trial)))
+
+
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _put_in_what_like_says() -> None:
     """Put that run's whole configuration before the first override, but for groups that the command names itself."""
-    given = dict(word.split("=", 1) for word in sys.argv if "=" in word)
+    given = {key: plain(value) for key, value in (word.split("=", 1) for word in sys.argv if "=" in word)}
     if "like" not in given:
         return
     if "experiment" in given:
@@ -231,28 +286,19 @@ def _put_in_what_like_says() -> None:
         )
     from omniloom.track.run_directory import flat, locate, read_config
 
-    place = locate(given["like"], given.get("runs_dir", "runs"))
+    place = locate(given["like"], given.get("runs_dir", "runs"), "like")
     if place.run_folder is None:
         raise ConfigError(f"like={given['like']} is no run")
     groups = {path.name for path in resource_folder("conf").iterdir() if path.is_dir()}
     taken = {"run", "like", "runs_dir", *(groups & given.keys())}
     saved = flat({key: value for key, value in read_config(place.run_folder).items() if key not in taken})
-    words = [f"{'++' if _is_free(key) else ''}{key}={_literal(value)}" for key, value in saved.items()]
+    words = [f"{'++' if _is_free(key) else ''}{key}={literal(value)}" for key, value in saved.items()]
     first = next(index for index, word in enumerate(sys.argv) if "=" in word)
     sys.argv[first:first] = words  # together: Hydra's parser takes one stretch of overrides
 
 
 def _is_free(key: str) -> bool:
     return key.startswith(tuple(f"{mapping}." for mapping in FREE_MAPPINGS))
-
-
-def _literal(value: Any) -> str:
-    """A plain value as Hydra's grammar writes it."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_literal, value)) + "]"
-    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value).lower()
 
 
 @contextmanager
@@ -262,12 +308,19 @@ def _one_message(schema: type, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         why = f" ({interrupt})" if str(interrupt) else ""
         print(f"interrupted{why}: repeat the command to go on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        name = str(interrupt).split(",")[0]
+        sys.exit(128 + getattr(signal, name if name.startswith("SIG") else "SIGINT"))  # as a shell says it
     except (OmniloomError, HydraException, OmegaConfBaseException) as error:
         if debug:
             traceback.print_exc()
         message = str(error) if isinstance(error, OmniloomError) else explain(error, schema)
         print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"error: no room is left on the disk{where} ({error.strerror}): free some, then repeat", file=sys.stderr)
         sys.exit(1)
 
 
@@ -295,8 +348,11 @@ def explain(error: Exception, schema: type) -> str:
         return f"unknown {group}={name[-1]}; {did_you_mean(name[-1], error.options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(cause)
-    key = getattr(cause, "full_key", None) or _quoted(r"Could not override '(.+?)'", str(error)) or ""
+    overridden = _quoted(r"Could not override '(.+?)'", str(error)) or ""
+    key = getattr(cause, "full_key", None) or overridden
     unknown = _quoted(r"Key '(.+?)' is not in struct", text) or _quoted(r"Key '(.+?)' not in '", text)
+    if unknown and not overridden.startswith(key):  # inside a value that is a list or a mapping
+        return f"{overridden}: unknown key {unknown}"
     if unknown:
         return f"unknown key {key}; {_nearest_key(key, schema)}"
     first_line = text.splitlines()[0] if text else type(error).__name__

@@ -142,9 +142,16 @@ class JobClient:
     def follow(self, identity: str, show: Callable[[str], None]) -> Job:
         """Show what the job prints until it has ended."""
 
+        shown = 0  # characters: a stream that broke off begins again from the first
+
         async def tail() -> None:
+            nonlocal shown
+            at = 0
             async for text in self._client.tail_job_logs(identity):
-                show(text)
+                if new := text[max(0, shown - at) :]:
+                    show(new)
+                at += len(text)
+                shown = max(shown, at)
 
         while True:
             try:

@@ -1,14 +1,16 @@
-"""A progress bar over a run that happens in other processes: it reads the run's own metrics file."""
+"""Progress bars: over a run that happens in other processes, read from its own metrics file; over a sweep's trials."""
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from omniloom.track import jsonl
+from omniloom.track.sweep import SweepRecord
 
 POLL_S, POLL_LOG_S = 0.5, 10.0  # on a terminal; in a log file
 
@@ -42,3 +44,21 @@ def _show(path: Path, steps: int, stop: threading.Event) -> None:
                 bar.set_postfix(shown, refresh=False)
                 bar.n = lines[-1]["step"]
                 bar.refresh()
+
+
+@contextmanager
+def count_trials(sweep: SweepRecord) -> Iterator[Callable[[], None]]:
+    """Show how many of a sweep's trials have ended and the best so far; what it yields brings the bar up to date."""
+    with tqdm(desc="sweep", unit="trial") as bar:
+
+        def show() -> None:
+            how_many = Counter(trial.status for trial in sweep.trials)
+            ended = ("finished", "pruned", "failed")
+            bar.total, bar.n = len(sweep.trials), sum(how_many[status] for status in ended)
+            shown = {status: str(how_many[status]) for status in ("running", *ended) if how_many[status]}
+            for best in sweep.best()[:1]:
+                told = zip(sweep.objectives, best.objectives or [], strict=True)
+                shown |= {f"best {metric}": f"{value:.4g}" for (metric, _), value in told}
+            bar.set_postfix(shown)
+
+        yield show
