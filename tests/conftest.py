@@ -1,8 +1,10 @@
 """What all tests share: the real files, one Ray cluster, one trained smoke run."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +60,18 @@ def train_smoke(workspace: Path, run: str, *overrides: str) -> Path:
     shared = [f"corpus={workspace}/corpora/smoke", f"runs_dir={workspace}/runs"]
     run_verb("train", ["experiment=smoke", f"run={run}", *shared, *overrides])
     return workspace / "runs" / run
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Somebody with a cluster of two nodes, for the tests of one file in tests/cluster."""
+    from two_nodes import with_cluster
+
+    with with_cluster(tmp_path_factory.mktemp("cluster")) as user:
+        yield user
+
+
+@pytest.fixture
+def state(user: Any) -> dict[str, Any]:
+    """What `omniloom cluster up` wrote down of that cluster."""
+    return json.loads((user.folder / "state" / "omniloom" / "cluster.json").read_text())

@@ -54,7 +54,7 @@ def omniloom(*words: str, folder: Path, **environment: str) -> subprocess.Comple
             ["train", "train.steps=200", "data.phases=[{from_sample:9,weights:{}},{from_sample:3,weights:{}}]"],
             "phases begin one after the other: data.phases from_sample=3 must be over 9",
         ),
-        (["train", "train.steps=200", "data.phases=[{from:9,weights:{}}]"], "data.phases"),
+        (["train", "train.steps=200", "data.phases=[{from:9,weights:{}}]"], "data.phases: unknown key from"),
         (
             ["train", "train.steps=200", "data.phases=[{from_sample:9,weights:{a:-1}}]"],
             "must be a number of at least 0",
@@ -64,6 +64,25 @@ def omniloom(*words: str, folder: Path, **environment: str) -> subprocess.Comple
         (["evaluate", "suite=dmeo"], "unknown suite=dmeo; did you mean 'demo'?"),
         (["evaluate"], "no model to evaluate: set init="),
         (["evaluate", "init=nowhere"], "init=nowhere is neither a run in runs nor a folder"),
+        (["sweep", "trian", "seed=choice(1,2)"], "trian cannot be swept; did you mean 'train'?"),
+        (["sweep", "train", "experiment=smoke"], "nothing is swept: give a key several values"),
+        (["sweep", "train", "experiment=smoke", "sede=choice(1,2)"], "unknown key sede; did you mean 'seed'?"),
+        (["sweep", "train", "experiment=smoke", "seed=range(3,3)"], "seed=range(3,3) is an empty range"),
+        (["sweep", "train", "experiment=smoke", "seed=1,2", "sweep=hasa"], "unknown sweep=hasa; did you mean 'asha'?"),
+        (["sweep", "train", "experiment=smoke", "seed=1,2", "sweep.trails=3"], "did you mean 'sweep.trials'?"),
+        (
+            ["sweep", "train", "experiment=smoke", "optimizer.lr=interval(0.1,1)", "sweep=grid"],
+            "a grid has no end over optimizer.lr=interval(0.1,1)",
+        ),
+        (
+            ["sweep", "train", "experiment=smoke", "model.num_experts_per_tok=choice(1,900)"],
+            "model.num_experts_per_tok=900 is over model.n_routed_experts=",
+        ),
+        (
+            ["sweep", "train", "experiment=smoke", "seed=1,2", "sweep=pbt", "train.save_every=15"],
+            "train.val_every=10 must be a multiple of train.save_every=15",
+        ),
+        (["submit", "evaluate", "init=a", "task_args.perplexity.api_key=abc"], "looks like a secret"),
         (["evaluate", "init=a", "tasks=[perplexity]", "task_args.perplexty.files=b"], "did you mean 'perplexity'?"),
     ],
 )
@@ -74,6 +93,16 @@ def test_wrong_input_is_one_message_and_a_nonzero_status(words: list[str], messa
     assert "Traceback" not in answer.stderr
     assert answer.stdout == ""
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """The first event of the run goes to a device that is always full."""
+    (tmp_path / "runs" / "full").mkdir(parents=True)
+    (tmp_path / "runs" / "full" / "events.jsonl").symlink_to("/dev/full")
+    answer = omniloom("train", "experiment=smoke", "run=full", folder=tmp_path)
+    assert answer.returncode == 1
+    assert "No space left on device" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ ROOTS = {
     "tokenize_corpus": settings.TokenizeSettings,
     "pretrain": settings.TrainSettings,
     "run_evals": settings.EvaluateSettings,
+    "sweep_runs": settings.SweepSettings,
     "write_report": settings.ReportSettings,
     "client": settings.ClientSettings,
     "local_cluster": settings.LocalClusterSettings,
@@ -48,7 +49,7 @@ def test_a_root_composes_to_its_dataclass(root: str) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_a_group_option_composes(option: Path) -> None:
-    root = "run_evals" if str(option.parent) == "suite" else "pretrain"
+    root = {"suite": "run_evals", "sweep": "sweep_runs"}.get(str(option.parent), "pretrain")
     composed = compose(root, [f"{option.parent}={option.name}"])
     assert isinstance(composed, ROOTS[root])
     if root == "pretrain":
