@@ -94,6 +94,8 @@ def search(
     Ctrl-C or SIGTERM has the trials save a checkpoint and end, and the signal's name is returned.
     """
     os.environ |= TUNE_ENVIRONMENT
+    # The folder that came with a job is unpacked anew where two nodes share a machine, and Tune asks where it is.
+    os.chdir(folder.parent)
     tuner = _tuner(program, space, config, cluster, steps, folder, _Watcher(watch))
     with _stop_signals(program.stop) as received:
         tuner.fit()
