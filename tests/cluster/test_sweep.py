@@ -91,8 +91,7 @@ def test_what_is_planted_best_wins_whatever_is_killed(kills: list[str], user: Us
         process = stopped_and_begun_again(user, run, process)
     if "command" in kills:
         wait_for_ends(user, run, 1, process)
-        time.sleep(3)  # Tune writes its state every two seconds
-        ended = {t["trial"]: _starts(user, run, t["trial"]) for t in read(user, run)["trials"] if t["status"] in ENDED}
+        ended = {trial: _starts(user, run, trial) for trial in saved_as_ended(user, run)}
         process.kill()
         process.wait()
         process = asha(user, run)
@@ -153,6 +152,19 @@ def test_other_searches_come_to_their_end(kind: str, user: User) -> None:
         theirs = (user.folder / "runs" / kind / donor / "metrics.jsonl").read_text().splitlines()
         assert [json.dumps(line) for line in lines[: int(step)]] == theirs[: int(step)]
         print(record["name"], "from", record["parent_run"])
+
+
+def saved_as_ended(user: User, run: str) -> list[str]:
+    """The trials whose end Tune has written down, once there is one: what it knows after a kill."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        newest = max((user.folder / "runs" / run / "tune").glob("experiment_state-*.json"))
+        trials = [json.loads(trial) for trial, _ in json.loads(newest.read_text())["trial_data"]]
+        ended = [trial["trial_id"] for trial in trials if trial["status"] == "TERMINATED"]
+        if ended:
+            return [f"{int(identity.rpartition('_')[2]):03d}" for identity in ended]
+        time.sleep(0.2)
+    raise AssertionError("Tune wrote no trial's end down in a minute")
 
 
 def _starts(user: User, run: str, trial: str) -> int:
