@@ -163,7 +163,10 @@ def saved_as_ended(user: User, run: str) -> list[str]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         newest = max((user.folder / "runs" / run / "tune").glob("experiment_state-*.json"))
-        trials = [json.loads(trial) for trial, _ in json.loads(newest.read_text())["trial_data"]]
+        try:
+            trials = [json.loads(trial) for trial, _ in json.loads(newest.read_text())["trial_data"]]
+        except ValueError:
+            continue  # Tune is writing it
         ended = [trial["trial_id"] for trial in trials if trial["status"] == "TERMINATED"]
         if ended:
             return [f"{int(identity.rpartition('_')[2]):03d}" for identity in ended]

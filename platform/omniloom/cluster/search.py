@@ -159,8 +159,11 @@ def _tuner(
 def _remembers_trials(folder: Path) -> bool:
     """Whether there is something to go on with; what a start left that came to nothing is removed."""
     states = sorted(folder.glob("experiment_state-*.json"))
-    if states and tune.Tuner.can_restore(folder) and json.loads(states[-1].read_text())["trial_data"]:
-        return True
+    try:
+        if states and tune.Tuner.can_restore(folder) and json.loads(states[-1].read_text())["trial_data"]:
+            return True
+    except ValueError:
+        pass  # killed while Tune wrote: the trials, whose runs are all there, are gone through again
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
