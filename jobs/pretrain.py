@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from omniloom.cluster.session import job_id, ray_session
 from omniloom.settings import TrainSettings, run_job
@@ -12,8 +11,7 @@ def main(settings: TrainSettings) -> None:
     settings.check()
     # Before the session: torch, loaded while Ray's threads start, now and then dies in its MKL.
     from omniloom.cluster.launch import run_on_ranks
-    from omniloom.data.corpus import build_corpus, describe
-    from omniloom.data.shards import Corpus
+    from omniloom.data.corpus import describe, open_or_build
     from omniloom.track.progress import follow
     from omniloom.track.report import reported
     from omniloom.track.run_directory import ask_to_stop, claim, locate, open_run, record_failure, running
@@ -22,10 +20,7 @@ def main(settings: TrainSettings) -> None:
 
     run = settings.folder
     with ray_session(settings.cluster):
-        folder = Path(settings.corpus or "")
-        if (settings.manifest or settings.samples) and not (folder / "index.json").is_file():
-            build_corpus(settings)
-        corpus = Corpus(folder)
+        corpus = open_or_build(settings)
         settings.check_index(corpus.index)
         with claim(run):
             if settings.fork and not (run / "run.json").is_file():

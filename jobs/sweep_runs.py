@@ -21,10 +21,9 @@ def main(sweep: Sweep) -> None:
         )
     import torch  # noqa: F401 — before the session: loaded while Ray's threads start, it now and then dies in its MKL
 
-    from omniloom.cluster.search import Outcome, search
+    from omniloom.cluster.search import Outcome, Search, search
     from omniloom.cluster.session import ray_session
-    from omniloom.data.corpus import build_corpus
-    from omniloom.data.shards import Corpus
+    from omniloom.data.corpus import open_or_build
     from omniloom.track.progress import count_trials
     from omniloom.track.report.sweep import reported
     from omniloom.track.run_directory import REVISION_OF_A_JOB, claim, git_revision
@@ -44,9 +43,7 @@ def main(sweep: Sweep) -> None:
         git_revision=revision,
     )
     with ray_session(trial.cluster):
-        if (trial.manifest or trial.samples) and not (Path(trial.corpus) / "index.json").is_file():
-            build_corpus(trial)
-        trial.check_index(Corpus(Path(trial.corpus)).index)
+        trial.check_index(open_or_build(trial).index)
         with claim(folder):
             record = open_sweep(folder, asked)
 
@@ -64,9 +61,8 @@ def main(sweep: Sweep) -> None:
                 words = [*record.words, *absolute_paths(trial), *own]
                 runs = TrialRuns(sweep.verb, words, folder, names, every)
                 with reported(folder, record), count_trials(record) as show:
-                    stopped = search(
-                        runs, sweep.space, settings.sweep, trial.cluster, trial.steps, folder / "tune", watch
-                    )
+                    asked_for = Search(runs, sweep.space, settings.sweep, trial.cluster, trial.steps, folder / "tune")
+                    stopped = search(asked_for, watch)
                     if stopped:
                         raise KeyboardInterrupt(stopped)
     print(record.table())

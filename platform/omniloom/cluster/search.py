@@ -80,43 +80,40 @@ class Outcome:
     cause: str | None = None
 
 
-def search(
-    program: Program,
-    space: Space,
-    config: SweepConfig,
-    cluster: ClusterConfig,
-    steps: int,
-    folder: Path,
-    watch: Callable[[list[Outcome]], None],
-) -> str | None:
-    """Run the trials, or go on with those that `folder` remembers; `watch` is told how all stand, at every change.
+@dataclass
+class Search:
+    """What is asked for: trials of `program` over `space`, each of so many steps; `folder` is Tune's own memory."""
+
+    program: Program
+    space: Space
+    config: SweepConfig
+    cluster: ClusterConfig
+    steps: int
+    folder: Path
+
+
+def search(asked: Search, watch: Callable[[list[Outcome]], None]) -> str | None:
+    """Run the trials, or go on with those that its folder remembers; `watch` is told how all stand, at every change.
 
     Ctrl-C or SIGTERM has the trials save a checkpoint and end, and the signal's name is returned.
     """
     os.environ |= TUNE_ENVIRONMENT
     # The folder that came with a job is unpacked anew where two nodes share a machine, and Tune asks where it is.
-    os.chdir(folder.parent)
-    tuner = _tuner(program, space, config, cluster, steps, folder, _Watcher(watch))
-    with _stop_signals(program.stop) as received:
+    os.chdir(asked.folder.parent)
+    tuner = _tuner(asked, _Watcher(watch))
+    with _stop_signals(asked.program.stop) as received:
         tuner.fit()
     return received[0] if received else None
 
 
-def _tuner(
-    program: Program,
-    space: Space,
-    config: SweepConfig,
-    cluster: ClusterConfig,
-    steps: int,
-    folder: Path,
-    watcher: "_Watcher",
-) -> tune.Tuner:
-    """A new search, or the one that `folder` remembers."""
+def _tuner(asked: Search, watcher: "_Watcher") -> tune.Tuner:
+    """A new search, or the one that its folder remembers."""
+    space, config, folder = asked.space, asked.config, asked.folder
     trainable = tune.with_resources(
         tune.with_parameters(
             _Trial,
-            program=program,
-            steps=steps,
+            program=asked.program,
+            steps=asked.steps,
             worst=[-WORST if mode == "max" else WORST for _, mode in config.objectives],
             environment=_of_a_driver(),
         ),
@@ -128,7 +125,7 @@ def _tuner(
         # Everything else it was made with has been restored.
         tuner._local_tuner.get_run_config().callbacks = [watcher]
         return tuner
-    room = _room(cluster)
+    room = _room(asked.cluster)
     if config.scheduler == "pbt" and room < config.trials:
         raise ClusterError(
             f"a population trains side by side: sweep.trials={config.trials} is over the {room} for which the cluster "
@@ -140,7 +137,7 @@ def _tuner(
         param_space=domains,
         tune_config=tune.TuneConfig(
             search_alg=_search_algorithm(config, concurrent),
-            scheduler=_scheduler(config, space, steps),
+            scheduler=_scheduler(config, space, asked.steps),
             num_samples=1 if config.search == "grid" else config.trials,
             max_concurrent_trials=concurrent if config.search == "tpe" else None,
             trial_dirname_creator=_name,

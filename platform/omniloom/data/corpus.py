@@ -34,6 +34,14 @@ TOKENIZER_TRAINING_BYTES = 256 << 20  # a vocabulary learns nothing more from mo
 REJECTS_NAMED = 20
 
 
+def open_or_build(config: CorpusConfig) -> Corpus:
+    """The corpus that a configuration names, made first where it is not there and files to make it of are named."""
+    folder = Path(config.corpus or "")
+    if (config.manifest or config.samples) and not (folder / "index.json").is_file():
+        build_corpus(config)
+    return Corpus(folder)
+
+
 def build_corpus(config: CorpusConfig) -> Corpus:
     """Turn a manifest's files into shards and write the index last; an equal finished corpus is kept.
 

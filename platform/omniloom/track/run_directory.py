@@ -6,11 +6,11 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from omniloom.errors import ConfigError, did_you_mean
 from omniloom.track import jsonl
 
+Record = TypeVar("Record")
 Status = Literal["running", "finished", "failed", "interrupted"]
 # Sections and keys that a repeated command may change: they do not alter what is learned.
 MAY_CHANGE = (
@@ -66,11 +67,15 @@ class RunRecord:
 
 def read_record(folder: Path) -> RunRecord:
     """Read `run.json`; raises ConfigError where the folder is no run."""
-    path = folder / "run.json"
+    return read_as(RunRecord, folder / "run.json", "run")
+
+
+def read_as(kind: type[Record], path: Path, what: str) -> Record:
+    """Read the file that makes a folder a `what`; raises ConfigError where it is missing or damaged."""
     try:
-        return TypeAdapter(RunRecord).validate_json(path.read_bytes())
+        return TypeAdapter(kind).validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise ConfigError(f"{folder} is no run: it has no run.json") from error
+        raise ConfigError(f"{path.parent} is no {what}: it has no {path.name}") from error
     except ValidationError as error:
         raise ConfigError(f"{path} is damaged ({error.errors()[0]['msg']}): name another run=") from error
 
@@ -169,7 +174,21 @@ def record_failure(folder: Path, rank: int, cause: str) -> None:
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """Write down how the run ended: finished when the body ends, interrupted by Ctrl-C, failed with its reason."""
+    """Write down how the run ended."""
+
+    def tell(status: Status, reason: str | None) -> None:
+        record = read_record(folder)
+        record.status, record.exit_reason = status, reason
+        write_record(folder, record)
+        write_event(folder, status, reason=reason)
+
+    with telling_how_it_ends(tell):
+        yield
+
+
+@contextmanager
+def telling_how_it_ends(tell: Callable[[Status, str | None], None]) -> Iterator[None]:
+    """Tell how the body ended: finished, interrupted by Ctrl-C or a signal, or failed, with the reason."""
     status: Status = "failed"
     reason: str | None = None
     try:
@@ -182,10 +201,7 @@ def running(folder: Path) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        record = read_record(folder)
-        record.status, record.exit_reason = status, reason
-        write_record(folder, record)
-        write_event(folder, status, reason=reason)
+        tell(status, reason)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -47,6 +47,13 @@ def choose_samples(path: Path) -> Chosen | None:
     return Chosen(samples, total, len(places[True]))
 
 
+def pieces_of(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    """A sample's prompt, piece by piece: each names its text or one medium's file."""
+    prompt = sample.get("prompt")
+    pieces = prompt if isinstance(prompt, list) else [prompt]
+    return [piece if isinstance(piece, dict) else {"text": piece} for piece in pieces]
+
+
 def _sample(line: bytes) -> dict[str, Any] | None:
     try:
         sample = json.loads(line)  # fails for a line torn off

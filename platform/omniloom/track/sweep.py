@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from omniloom.errors import ConfigError
 from omniloom.track import jsonl
-from omniloom.track.run_directory import MAY_CHANGE, ask_to_stop, read_record, wait_until_free
+from omniloom.track.run_directory import MAY_CHANGE, ask_to_stop, read_as, read_record, wait_until_free
 
 FILE = "sweep.json"
 
@@ -117,13 +115,7 @@ def open_sweep(folder: Path, sweep: SweepRecord) -> SweepRecord:
 
 def read_sweep(folder: Path) -> SweepRecord:
     """Read `sweep.json`; raises ConfigError where the folder is no sweep."""
-    path = folder / FILE
-    try:
-        return TypeAdapter(SweepRecord).validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} is no sweep: it has no {FILE}") from error
-    except ValidationError as error:
-        raise ConfigError(f"{path} is damaged ({error.errors()[0]['msg']}): name another run=") from error
+    return read_as(SweepRecord, folder / FILE, "sweep")
 
 
 def write_sweep(folder: Path, sweep: SweepRecord) -> None:

@@ -14,7 +14,7 @@ from omniloom.errors import ClusterError, ConfigError
 from omniloom.track import jsonl
 from omniloom.track.config import TrackConfig
 from omniloom.track.run_directory import GIT_DIFF, RunRecord
-from omniloom.track.samples import LIMIT_BYTES, MIME, choose_samples
+from omniloom.track.samples import LIMIT_BYTES, MIME, choose_samples, pieces_of
 
 MOST_CHARACTERS = 2_000  # of a prompt in a table
 
@@ -116,8 +116,7 @@ def _table(samples: list[dict[str, Any]], folder: Path) -> wandb.Table:
     """One row a sample: id, whether right, answer, given, the prompt's text, and a column for each of its media."""
     rows = []
     for sample in samples:
-        prompt = sample.get("prompt")
-        pieces = prompt if isinstance(prompt, list) else [{"text": prompt}]
+        pieces = pieces_of(sample)
         row: dict[str, Any] = {name: sample.get(name) for name in ("doc_id", "right", "answer", "given")}
         row["prompt"] = " ".join(str(piece["text"]) for piece in pieces if "text" in piece)[:MOST_CHARACTERS]
         for kind, make in (("image", wandb.Image), ("audio", wandb.Audio), ("video", wandb.Video)):

@@ -6,7 +6,6 @@ what it does not have yet, or no longer has, is said in the page.
 """
 
 import platform
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from omniloom.track.report.charts import history_charts, router_charts, training
 from omniloom.track.report.figure import Chart
 from omniloom.track.report.heatmaps import grid_chart
 from omniloom.track.report.metrics import Metrics, read_metrics, whole_lines
-from omniloom.track.report.page import clock, write_page
+from omniloom.track.report.page import clock, write_or_say, write_page
 from omniloom.track.report.samples import PAGE_LIMIT_BYTES, Budget, read_samples
 from omniloom.track.report.scores import grid_of, newest, read_history, table_rows
 from omniloom.track.run_directory import RunRecord, read_config, read_record
@@ -60,10 +59,8 @@ def reported(run_folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
-            print(f"report: {write_report(run_folder)}")
-        except Exception as error:
-            print(f"the report of {run_folder} could not be written: {type(error).__name__}: {error}", file=sys.stderr)
+        if page := write_or_say(write_report, run_folder):
+            print(f"report: {page}")
 
 
 def write_report(run_folder: Path) -> Path:

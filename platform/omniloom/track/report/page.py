@@ -1,7 +1,8 @@
 """A page: its template filled in, one file that asks the network for nothing, in its place whole or not at all."""
 
 import secrets
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ def write_page(folder: Path, template: str, contents: dict[str, Any], charts: It
     # What no file may hold, such as half a surrogate pair from a prompt, becomes a question mark.
     jsonl.replace_text(folder / "report.html", page.encode("utf-8", "replace").decode())
     return folder / "report.html"
+
+
+def write_or_say(write: Callable[[Path], Path], folder: Path) -> Path | None:
+    """Write a folder's page; one that cannot be written is said, and hides no other error."""
+    try:
+        return write(folder)
+    except Exception as error:
+        print(f"the report of {folder} could not be written: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
 
 
 def clock(seconds: Any) -> str:

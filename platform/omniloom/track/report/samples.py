@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omniloom.track.report.text import middle_cut, size, split_middle
-from omniloom.track.samples import LIMIT_BYTES, MIME, choose_samples
+from omniloom.track.samples import LIMIT_BYTES, MIME, choose_samples, pieces_of
 
 PAGE_LIMIT_BYTES = 40 * 2**20  # all of them
 HEAD_CHARACTERS, TAIL_CHARACTERS = 420, 260  # of a long text
@@ -76,8 +76,6 @@ def read_samples(task: str, path: Path, budget: Budget) -> TaskSamples | None:
 
 def _card(sample: dict[str, Any], folder: Path, budget: Budget) -> Card:
     answer, given, right = _text(sample.get("answer")), _text(sample.get("given")), sample.get("right")
-    prompt = sample.get("prompt")
-    pieces = prompt if isinstance(prompt, list) else [{"text": prompt}]
     choices = sample.get("choices")
     facts = []
     if isinstance(sample.get("length"), int | float):
@@ -87,7 +85,7 @@ def _card(sample: dict[str, Any], folder: Path, budget: Budget) -> Card:
     return Card(
         doc_id=str(sample.get("doc_id", "")),
         mark="unknown" if not isinstance(right, bool) else "right" if right else "wrong",
-        parts=[_part(piece, folder, budget) for piece in pieces],
+        parts=[_part(piece, folder, budget) for piece in pieces_of(sample)],
         choices=[
             Choice(middle_cut(str(choice), ANSWER_CHARACTERS), str(choice) == answer, str(choice) == given)
             for choice in (choices if isinstance(choices, list) else [])
@@ -102,13 +100,11 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _part(piece: Any, folder: Path, budget: Budget) -> Part:
-    if isinstance(piece, dict):
-        for kind in MIME:
-            if isinstance(piece.get(kind), str):
-                return _medium(kind, folder / piece[kind], budget)
-        piece = piece.get("text", piece)
-    head, left_out, tail = split_middle(str(piece), HEAD_CHARACTERS, TAIL_CHARACTERS)
+def _part(piece: dict[str, Any], folder: Path, budget: Budget) -> Part:
+    for kind in MIME:
+        if isinstance(piece.get(kind), str):
+            return _medium(kind, folder / piece[kind], budget)
+    head, left_out, tail = split_middle(str(piece.get("text", piece)), HEAD_CHARACTERS, TAIL_CHARACTERS)
     return Part("text", head, left_out, tail)
 
 

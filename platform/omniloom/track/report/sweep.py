@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from omniloom.track.report import text
 from omniloom.track.report.charts import SERIES
 from omniloom.track.report.figure import Chart, layout_of, rounded
-from omniloom.track.report.page import write_page
+from omniloom.track.report.page import write_or_say, write_page
+from omniloom.track.run_directory import Status, telling_how_it_ends
 from omniloom.track.sweep import SweepRecord, Trial, curve, read_sweep, spelled, write_sweep
 
 FEWEST_FOR_IMPORTANCE = 4
@@ -29,26 +29,16 @@ RAMP = [[place / 3, f"var(--ramp-{1 + place})"] for place in range(4)]
 @contextmanager
 def reported(folder: Path, sweep: SweepRecord) -> Iterator[None]:
     """Write down how the sweep ended, and its page, however the body ends."""
-    status, reason = "failed", None
-    try:
-        yield
-        if any(trial.status == "finished" for trial in sweep.trials):
-            status = "finished"
-        else:
-            reason = "no trial came to its end; the same command tries again"
-    except KeyboardInterrupt as error:
-        status, reason = "interrupted", str(error) or "Ctrl-C"
-        raise
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise
-    finally:
+
+    def tell(status: Status, reason: str | None) -> None:
+        if status == "finished" and not any(trial.status == "finished" for trial in sweep.trials):
+            status, reason = "failed", "no trial came to its end; the same command tries again"
         sweep.status, sweep.exit_reason = status, reason
         write_sweep(folder, sweep)
-        try:
-            write_sweep_report(folder)
-        except Exception as error:
-            print(f"the report of {folder} could not be written: {type(error).__name__}: {error}", file=sys.stderr)
+        write_or_say(write_sweep_report, folder)
+
+    with telling_how_it_ends(tell):
+        yield
 
 
 def write_sweep_report(folder: Path) -> Path:
