@@ -9,10 +9,30 @@ from torch import Tensor
 
 from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
-from omniloom.model.decoder import Decoder, text_fields
+from omniloom.model.decoder import Decoder, attention_mass, text_fields
 
 ENCODERS = {1: "media.image.", 2: "media.audio.", 3: "media.video."}
 OPTIONS = {"embedding_conv_tokens": 3, "attention_log_scale_tokens": 4, "num_nextn_predict_layers": 2}
+GROUPED = {"attention": "grouped", "num_attention_heads": 4, "num_key_value_heads": 2}
+SPARSE = {"attention_pattern": "sparse", "window_tokens": 5, "global_stride": 2, "max_global_tokens": 3}
+DENSE = {"n_routed_experts": 0, "activation": "gelu", "mlp_bias": True, "attention_bias": True, "norm": "layer"}
+GROUPS = {"n_group": 3, "topk_group": 2, "n_shared_experts": 0}
+BOTH_WAYS = {"media_bidirectional": True}
+KINDS = {
+    "latent": {},
+    "options": OPTIONS,
+    "latent sparse both ways": SPARSE | BOTH_WAYS | OPTIONS,
+    "latent linear": {"attention_pattern": "linear"},
+    "latent in groups, both ways": GROUPS | BOTH_WAYS,
+    "multi-head, learned": GROUPED | DENSE | {"num_key_value_heads": None, "position": "learned"},
+    "multi-query, sinusoidal, post": GROUPED
+    | DENSE
+    | {"num_key_value_heads": 1, "position": "sinusoidal", "norm_position": "post", "activation": "relu"},
+    "grouped, softmax": GROUPED | {"scoring_func": "softmax", "router_bias": True, "rope_interleave": False},
+    "grouped sparse both ways": GROUPED | SPARSE | BOTH_WAYS | {"partial_rotary_factor": 0.5, "head_dim": 12},
+    "grouped linear": GROUPED | OPTIONS | {"attention_pattern": "linear", "norm_position": "post"},
+}
+ONE_WAY = {name: kind for name, kind in KINDS.items() if "both ways" not in name}
 WITHOUT_IMAGE = {"image_patch_pixels": None}
 WITHOUT_AUDIO = {"audio_mels": None}
 WITHOUT_VIDEO = {"video_patch_pixels": None}
@@ -39,7 +59,7 @@ def everything(decoder: Decoder, fields: dict[str, Tensor]) -> list[Tensor]:
     return [logits.unflatten(0, everywhere.shape) for logits in (output.logits, *output.mtp)]
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 @torch.no_grad()
 def test_packed_documents_have_the_logits_they_have_alone(options):
     decoder = tiny_decoder(num_hidden_layers=3, **options)
@@ -55,7 +75,7 @@ def test_packed_documents_have_the_logits_they_have_alone(options):
                 torch.testing.assert_close(together[row, start : start + len(piece)], single[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 @torch.no_grad()
 def test_a_later_token_changes_no_earlier_logit(options):
     decoder = tiny_decoder(num_hidden_layers=3, **options)
@@ -67,14 +87,18 @@ def test_a_later_token_changes_no_earlier_logit(options):
         after = everything(decoder, fields | {"input_ids": changed})
         for ahead, (old, new) in enumerate(zip(before, after, strict=True)):
             # A module's logits at t may use the tokens up to t + ahead, and do.
-            torch.testing.assert_close(new[:, : at - ahead], old[:, : at - ahead], atol=1e-6, rtol=0)
+            torch.testing.assert_close(new[:, : at - ahead], old[:, : at - ahead], atol=1e-5, rtol=0)
+            if options.get("attention_pattern") == "sparse":  # far tokens need not see it
+                assert ((new[0, at - ahead : at + 4] - old[0, at - ahead : at + 4]).abs().amax(dim=-1) > 1e-3).all()
+                continue
             assert ((new[0, at - ahead :] - old[0, at - ahead :]).abs().amax(dim=-1) > 1e-3).all(), ahead
 
 
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS | BOTH_WAYS], ids=["one way", "both ways"])
 @pytest.mark.parametrize("name", ["image", "video", "audio"])
 @torch.no_grad()
-def test_a_changed_medium_changes_its_own_document_from_its_own_token_on(name):
-    decoder = tiny_decoder(num_hidden_layers=3, **OPTIONS)
+def test_a_changed_medium_changes_its_own_document_from_its_own_token_on(name, options):
+    decoder = tiny_decoder(num_hidden_layers=3, **options)
     for encoder in (decoder.media.image, decoder.media.audio, decoder.media.video):
         encoder.scale = 1.0
     fields = mixed_batch()
@@ -120,9 +144,10 @@ def test_a_picture_with_its_patches_in_other_rows_or_columns_gives_other_logits(
     assert difference[0, 5].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("options", [OPTIONS, *KINDS.values()], ids=["all", *KINDS])
 @pytest.mark.parametrize("present", [(), (1,), (2,), (3,), (1, 2), (1, 2, 3)])
-def test_every_parameter_gets_a_gradient_and_an_encoder_without_its_medium_a_zero_one(present):
-    decoder = tiny_decoder(**OPTIONS)
+def test_every_parameter_gets_a_gradient_and_an_encoder_without_its_medium_a_zero_one(present, options):
+    decoder = tiny_decoder(**options)
     media = {1: picture(2, 2, seed=1), 2: sound(7, seed=2), 3: film(2, 1, 2, seed=3)}
     batch = batch_of([[document(*(media[kind] for kind in present), text([10, 11, 12, 13, 14]))]], 20)
     is_text = batch["modality"] == 0
@@ -269,12 +294,33 @@ def test_the_default_configuration_passes_its_own_check():
         ({"hidden_size": 0}, ["model.hidden_size=0", "at least 1"]),
         ({"q_lora_rank": -2}, ["model.q_lora_rank=-2", "at least 1"]),
         ({"num_experts_per_tok": 7}, ["model.num_experts_per_tok=7", "model.n_routed_experts=6"]),
+        ({"n_group": 4}, ["model.n_routed_experts=6", "model.n_group=4", "multiple"]),
+        ({"n_group": 6, "topk_group": 2}, ["model.n_routed_experts=6", "model.n_group=6", "two best"]),
+        ({"n_group": 3, "topk_group": 4}, ["model.topk_group=4", "model.n_group=3"]),
+        ({"n_group": 3, "num_experts_per_tok": 3}, ["model.topk_group=1", "model.num_experts_per_tok=3", "2 experts"]),
+        (GROUPED | {"num_attention_heads": 5}, ["model.hidden_size=32", "model.num_attention_heads=5", "head_dim"]),
+        (GROUPED | {"num_key_value_heads": 3}, ["model.num_attention_heads=4", "model.num_key_value_heads=3"]),
+        (GROUPED | {"partial_rotary_factor": 1.5}, ["model.partial_rotary_factor=1.5", "(0, 1]"]),
+        (GROUPED | {"partial_rotary_factor": 0.4}, ["model.head_dim=8", "model.partial_rotary_factor=0.4", "even"]),
+        ({"yarn_factor": 4.0}, ["model.yarn_factor=4.0", "model.yarn_original_tokens=None"]),
+        ({"yarn_factor": 0.5, "yarn_original_tokens": 64}, ["model.yarn_factor=0.5", "at least 1"]),
+        (
+            {"yarn_factor": 4.0, "yarn_original_tokens": 8},
+            ["model.max_position_embeddings=64", "model.yarn_factor=4.0", "model.yarn_original_tokens=8", "32"],
+        ),
+        (GROUPED | {"yarn_mscale_all_dim": 1.0}, ["model.yarn_mscale_all_dim=1.0", "model.attention=grouped"]),
+        ({"position": "learned"}, ["model.position=learned", "rope"]),
+        ({"attention_bias": True}, ["model.attention_bias"]),
+        ({"attention_pattern": "linear", "media_bidirectional": True}, ["model.media_bidirectional"]),
+        ({"attention": "latnt"}, ["model.attention=latnt", "latent"]),
+        ({"activation": "gelu"}, ["model.activation=gelu", "model.n_routed_experts=0"]),
+        ({"window_tokens": 0}, ["model.window_tokens=0", "at least 1"]),
         ({"qk_rope_head_dim": 5}, ["model.qk_rope_head_dim=5", "even"]),
         ({"hidden_size": 34}, ["model.hidden_size=34", "multiple of 8"]),
         ({"first_k_dense_replace": 3}, ["model.first_k_dense_replace=3", "model.num_hidden_layers=2", "0"]),
-        ({"first_k_dense_replace": -1}, ["model.first_k_dense_replace=-1", "model.num_hidden_layers=2", "0"]),
+        ({"first_k_dense_replace": -1}, ["model.first_k_dense_replace=-1", "at least 0"]),
         ({"dropout": 1.0}, ["model.dropout=1.0", "[0, 1)"]),
-        ({"num_nextn_predict_layers": -1}, ["model.num_nextn_predict_layers=-1", "negative"]),
+        ({"num_nextn_predict_layers": -1}, ["model.num_nextn_predict_layers=-1", "at least 0"]),
         ({"audio_frames_per_token": 1}, ["model.audio_frames_per_token=1", "2, 4, 8"]),
         ({"audio_frames_per_token": 6}, ["model.audio_frames_per_token=6", "2, 4, 8"]),
         ({"audio_mels": 0}, ["model.audio_mels=0", "at least 1"]),
@@ -288,3 +334,50 @@ def test_sizes_that_cannot_hold_are_refused_with_key_and_figures(changes, said):
         Decoder(tiny_config(**changes))
     for part in said:
         assert part in str(caught.value)
+
+
+def test_a_document_longer_than_the_context_is_refused_with_both_numbers():
+    decoder = tiny_decoder(max_position_embeddings=8)
+    assert all_logits(decoder, text_fields(torch.arange(10, 18)[None], decoder.config)).shape[1] == 8
+    with pytest.raises(ConfigError, match=r"9 tokens.*model\.max_position_embeddings=8"):
+        all_logits(decoder, text_fields(torch.arange(10, 19)[None], decoder.config))
+
+
+@pytest.mark.parametrize("pattern", [{}, SPARSE], ids=["full", "sparse"])
+@torch.no_grad()
+def test_only_both_ways_an_earlier_patch_sees_a_later_one_of_its_own_frame_and_of_no_other(pattern):
+    """Position, position it may see or not: two pictures side by side, then a video of two frames."""
+    piece = document(picture(1, 2, seed=1), picture(1, 2, seed=2), film(2, 1, 2, seed=3), text([10]))
+    fields = batch_of([[piece]], len(piece))
+    at = {"image": fields["modality"][0].eq(1).nonzero()[0], "video": fields["modality"][0].eq(3).nonzero()[0]}
+
+    def moved(both_ways: bool, medium: str, changed: int, looked_at: int) -> float:
+        decoder = tiny_decoder(media_bidirectional=both_ways, **pattern)
+        getattr(decoder.media, medium).scale = 1.0
+        other = fields[medium].clone()
+        other[changed] = 255 - other[changed]
+        place = int(at[medium]) + looked_at
+        return float(
+            (all_logits(decoder, fields | {medium: other}) - all_logits(decoder, fields))[0, place].abs().max()
+        )
+
+    for medium in ("image", "video"):
+        assert moved(True, medium, changed=1, looked_at=0) > 1e-3
+        assert moved(False, medium, changed=1, looked_at=0) < 1e-6
+        assert moved(True, medium, changed=2, looked_at=1) < 1e-6  # the next picture, the next frame
+        assert moved(True, medium, changed=1, looked_at=2) > 1e-3
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_the_attention_mass_of_each_modality_sums_to_one_and_absent_ones_have_none(options):
+    decoder = tiny_decoder(**options)
+    fields = mixed_batch()
+    mass = attention_mass(decoder, fields)
+    assert mass.shape == (2, 4, 4)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(2, 4), atol=1e-5, rtol=0)
+    assert (mass >= 0).all()
+    only_text = attention_mass(decoder, text_fields(torch.arange(10, 22)[None], decoder.config))
+    expected = torch.zeros(4, 4)
+    expected[0, 0] = 1.0
+    torch.testing.assert_close(only_text, expected.expand(2, 4, 4), atol=1e-5, rtol=0)
+    assert not decoder.layers[0].self_attn._forward_pre_hooks

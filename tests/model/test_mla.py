@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny_decoders import enliven, tiny_config
+from tiny_decoders import enliven, text_places, tiny_config
 from torch import Tensor
 
-from omniloom.model.attention import attend, document_lengths
 from omniloom.model.config import ModelConfig
 from omniloom.model.mla import LatentAttention
-from omniloom.model.position import log_scale, rope_table, running_index
 
 DOCUMENTS = [[0, 0, 0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
 
@@ -51,10 +49,10 @@ def literal_attention(
         if config.q_lora_rank is None:
             query = weight["q_proj.weight"] @ h
         else:
-            latent = rms_norm(weight["q_proj.0.weight"] @ h, weight["q_proj.1.weight"], config.rms_norm_eps)
-            query = weight["q_proj.2.weight"] @ latent
+            latent = rms_norm(weight["q_a_proj.weight"] @ h, weight["q_a_layernorm.weight"], config.norm_eps)
+            query = weight["q_b_proj.weight"] @ latent
         compressed = weight["kv_a_proj_with_mqa.weight"] @ h
-        latent = rms_norm(compressed[: config.kv_lora_rank], weight["kv_a_layernorm.weight"], config.rms_norm_eps)
+        latent = rms_norm(compressed[: config.kv_lora_rank], weight["kv_a_layernorm.weight"], config.norm_eps)
         up = weight["kv_b_proj.weight"] @ latent
         key_rope = turn(compressed[config.kv_lora_rank :], index[t], config.rope_theta)
         query = query.view(heads, nope + rope)
@@ -79,15 +77,12 @@ def literal_attention(
 @pytest.mark.parametrize("q_lora_rank", [None, 10])
 @pytest.mark.parametrize(("v_head_dim", "scale_tokens"), [(4, None), (10, None), (16, None), (10, 3), (4, 64)])
 def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_head_dim, scale_tokens):
-    config = tiny_config(q_lora_rank=q_lora_rank, v_head_dim=v_head_dim)  # the key is 6 + 4 wide
+    # The key is 6 + 4 wide.
+    config = tiny_config(q_lora_rank=q_lora_rank, v_head_dim=v_head_dim, attention_log_scale_tokens=scale_tokens)
     module = LatentAttention(config)
     enliven(module)
     hidden = torch.randn(2, 11, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    document = torch.tensor(DOCUMENTS)
-    index = running_index(document)
-    table = rope_table(index, config.qk_rope_head_dim, config.rope_theta)
-    scale = log_scale(index, scale_tokens) if scale_tokens else None
-    out = module(hidden, table, document_lengths(document), scale).double()
+    out = module(hidden, text_places(torch.tensor(DOCUMENTS), config)).double()
     expected = torch.stack(
         [literal_attention(module, config, hidden[row].double(), DOCUMENTS[row], scale_tokens) for row in range(2)]
     )
@@ -95,25 +90,22 @@ def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_he
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_lengths_are_those_of_the_runs_row_after_row():
-    documents = torch.tensor([[0, 0, 1, 1, -1], [1, 1, 1, 1, 1], [4, 5, 6, -1, -1]])
-    assert document_lengths(documents) == [2, 2, 1, 5, 1, 1, 1, 2]
-
-
-@pytest.mark.parametrize("value_width", [3, 8, 13])
-def test_attend_takes_values_narrower_and_wider_than_keys_and_gives_their_gradient(value_width):
-    generator = torch.Generator().manual_seed(2)
-    query, key = torch.randn(2, 2, 5, 2, 8, generator=generator)
-    value = torch.randn(2, 5, 2, value_width, generator=generator, requires_grad=True)
-    documents = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 2, 2, 2]])
-    visible = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-    scale = 0.7
-    out = attend(query, key, value, document_lengths(documents), scale)
-    scores = torch.einsum("bthd,bshd->bhts", query, key) * scale
-    shares = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    expected = torch.einsum("bhts,bshd->bthd", shares, value)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    upstream = torch.randn(out.shape, generator=generator)
-    (gradient,) = torch.autograd.grad(out, value, upstream, retain_graph=True)
-    (expected_gradient,) = torch.autograd.grad(expected, value, upstream)
-    torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("q_lora_rank", [None, 10])
+@pytest.mark.parametrize("yarn", [{}, {"yarn_factor": 4.0, "yarn_original_tokens": 16, "yarn_mscale_all_dim": 1.0}])
+@torch.no_grad()
+def test_the_absorbed_form_equals_the_training_form(yarn, q_lora_rank, interleave):
+    """A prompt of 7 at once, one token at a time, three at once: each answer as in one pass over all."""
+    config = tiny_config(q_lora_rank=q_lora_rank, rope_interleave=interleave, attention_log_scale_tokens=16, **yarn)
+    module = LatentAttention(config)
+    enliven(module)
+    hidden = torch.randn(2, 13, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    places = text_places(torch.zeros(2, 13, dtype=torch.long), config)
+    expected = module(hidden, places)
+    assert expected.std() > 0.5
+    latent, key_rope = module.compress(hidden, places)
+    assert latent.shape[-1] + key_rope.shape[-1] == config.kv_lora_rank + config.qk_rope_head_dim
+    for begin, end in [(0, 7), (7, 8), (8, 9), (9, 10), (10, 13)]:
+        here = places._replace(rope=places.rope[:, begin:end], query_scale_BT=places.query_scale_BT[:, begin:end])
+        out = module.absorbed(hidden[:, begin:end], latent[:, :end], key_rope[:, :end], here)
+        torch.testing.assert_close(out, expected[:, begin:end], atol=2e-5, rtol=1e-5)

@@ -29,7 +29,7 @@ def ask_all(decoder: Decoder, fields: dict[str, Tensor], modules: int) -> Output
 
 def literal_modules(decoder: Decoder, hidden: Tensor, ids: list[int], document: list[int]) -> list[list[Tensor | None]]:
     """Each module's logits at each position of one row, float64; None where the token read ahead does not exist."""
-    config, eps, out = decoder.config, decoder.config.rms_norm_eps, []
+    config, eps, out = decoder.config, decoder.config.norm_eps, []
     embedding = decoder.embed_tokens.weight.double()
     for depth, module in enumerate(decoder.mtp, start=1):
         weight = doubled(module)
@@ -37,8 +37,8 @@ def literal_modules(decoder: Decoder, hidden: Tensor, ids: list[int], document: 
         for i in range(len(ids)):
             exists = i + depth < len(ids) and document[i + depth] == document[i]
             ahead = embedding[ids[i + depth]] if exists else torch.zeros(config.hidden_size, dtype=torch.float64)
-            normed = [rms_norm(hidden[i], weight["junction.hnorm.weight"], eps)]
-            normed.append(rms_norm(ahead, weight["junction.enorm.weight"], eps))
+            normed = [rms_norm(ahead, weight["junction.enorm.weight"], eps)]
+            normed.append(rms_norm(hidden[i], weight["junction.hnorm.weight"], eps))
             joined.append(weight["junction.eh_proj.weight"] @ torch.cat(normed))  # Eq. 21
         # Eq. 22: one layer
         normed = torch.stack([rms_norm(h, weight["layer.input_layernorm.weight"], eps) for h in joined])
@@ -62,8 +62,8 @@ def test_the_junction_equals_equation_21():
     out, weight = junction(hidden, ahead), doubled(junction)
     for b in range(2):
         for t in range(5):
-            left = rms_norm(hidden[b, t].double(), weight["hnorm.weight"], config.rms_norm_eps)
-            right = rms_norm(ahead[b, t].double(), weight["enorm.weight"], config.rms_norm_eps)
+            left = rms_norm(ahead[b, t].double(), weight["enorm.weight"], config.norm_eps)
+            right = rms_norm(hidden[b, t].double(), weight["hnorm.weight"], config.norm_eps)
             expected = weight["eh_proj.weight"] @ torch.cat([left, right])
             torch.testing.assert_close(out[b, t].double(), expected, atol=1e-5, rtol=1e-5)
 

@@ -12,6 +12,7 @@ from omniloom.modality.config import Widths
 from omniloom.modality.sequence import AUDIO, IMAGE, VIDEO, Document, Segment, lay_row, weave
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
+from omniloom.model.position import Places, find_places
 
 torch.set_num_threads(1)
 
@@ -57,9 +58,11 @@ def enliven(module: nn.Module, seed: int = 0) -> None:
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
 
     for name, parameter in module.named_parameters():
-        if parameter.dim() == 1:
+        if name.endswith(("bias", "logit_bias_E")):
+            parameter.copy_(0.3 * normal(parameter))
+        elif parameter.dim() == 1:
             parameter.copy_(1.0 + 0.3 * normal(parameter))
-        elif "tokens" in name:
+        elif "embed_" in name:
             parameter.copy_(normal(parameter))
         else:
             inputs = parameter.shape[1]  # (out, in), and (E, in, out) of the experts
@@ -67,6 +70,11 @@ def enliven(module: nn.Module, seed: int = 0) -> None:
     for name, buffer in module.named_buffers():
         if name.endswith("bias_E"):
             buffer.copy_(0.3 * normal(buffer))
+
+
+def text_places(documents: Tensor, config: ModelConfig) -> Places:
+    """The places of packed rows of plain text."""
+    return find_places(documents, torch.zeros_like(documents), torch.zeros(*documents.shape, 3), config)
 
 
 def tiny_decoder(seed: int = 0, **changes: Any) -> Decoder:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniloom.model.attention import document_lengths
+from omniloom.model.attention import GroupedAttention, modality_mass
 from omniloom.model.config import ModelConfig
 from omniloom.model.embedding import MediaEncoders
-from omniloom.model.layers import LocalConvolution, SwiGLU, initialise
+from omniloom.model.layers import MLP, LocalConvolution, SwiGLU, initialise, norm
 from omniloom.model.mla import LatentAttention
 from omniloom.model.moe import MixtureOfExperts, RouterOutput
 from omniloom.model.mtp import Junction, tokens_ahead
-from omniloom.model.position import log_scale, rope_table, running_index
+from omniloom.model.position import Places, axial_encoding, find_places, running_index
 
 
 class Output(NamedTuple):
@@ -29,40 +29,40 @@ class Output(NamedTuple):
     router: tuple[RouterOutput, ...]  # one per mixture-of-experts layer, in order, the modules' last
 
 
-class Where(NamedTuple):
-    """What every layer must know of the tokens' places."""
-
-    rope: Tensor  # (B, T, 1, R/2)
-    lengths: list[int]  # of the documents, row after row
-    query_scale_BT: Tensor | None
-    is_token_BT: Tensor  # padding is none
-
-
 class Layer(nn.Module):
-    """h = h + attention(norm(h)); h = h + feed_forward(norm(h)); the first layers dense, the others sparse."""
+    """h = h + attention(norm(h)); h = h + feed_forward(norm(h)); the first layers dense, the others sparse.
+
+    Post-norm puts the norms after the sums: h = norm(h + attention(h)); h = norm(h + feed_forward(h)).
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp: SwiGLU | MixtureOfExperts
-        if index < config.first_k_dense_replace:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        else:
+        self.input_layernorm = norm(config)
+        self.self_attn = (LatentAttention if config.attention == "latent" else GroupedAttention)(config)
+        self.post_attention_layernorm = norm(config)
+        self.mlp: SwiGLU | MLP | MixtureOfExperts
+        if config.is_sparse(index):
             self.mlp = MixtureOfExperts(config)
-        self.dropout = config.dropout
-
-    def forward(self, hidden_BTD: Tensor, where: Where) -> tuple[Tensor, RouterOutput | None]:
-        attended = self.self_attn(self.input_layernorm(hidden_BTD), where.rope, where.lengths, where.query_scale_BT)
-        hidden_BTD = hidden_BTD + F.dropout(attended, self.dropout, self.training)
-        normed = self.post_attention_layernorm(hidden_BTD)
-        router = None
-        if isinstance(self.mlp, MixtureOfExperts):
-            fed, router = self.mlp(normed, where.is_token_BT)
         else:
-            fed = self.mlp(normed)
-        return hidden_BTD + F.dropout(fed, self.dropout, self.training), router
+            self.mlp = (SwiGLU if config.activation == "swiglu" else MLP)(config, config.intermediate_size)
+        self.dropout, self.norms_first = config.dropout, config.norm_position == "pre"
+
+    def forward(self, hidden_BTD: Tensor, places: Places) -> tuple[Tensor, RouterOutput | None]:
+        if self.norms_first:
+            hidden_BTD = hidden_BTD + self._drop(self.self_attn(self.input_layernorm(hidden_BTD), places))
+            fed_BTD, router = self._feed_forward(self.post_attention_layernorm(hidden_BTD), places)
+            return hidden_BTD + self._drop(fed_BTD), router
+        hidden_BTD = self.input_layernorm(hidden_BTD + self._drop(self.self_attn(hidden_BTD, places)))
+        fed_BTD, router = self._feed_forward(hidden_BTD, places)
+        return self.post_attention_layernorm(hidden_BTD + self._drop(fed_BTD)), router
+
+    def _feed_forward(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, RouterOutput | None]:
+        return (
+            self.mlp(x_BTD, places.is_token_BT) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(x_BTD), None)
+        )
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training)
 
 
 class MultiTokenPrediction(nn.Module):
@@ -72,10 +72,10 @@ class MultiTokenPrediction(nn.Module):
         super().__init__()
         self.junction = Junction(config)
         self.layer = Layer(config, index=config.num_hidden_layers)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm(config)
 
-    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, where: Where) -> tuple[Tensor, RouterOutput | None]:
-        hidden_BTD, router = self.layer(self.junction(hidden_BTD, ahead_BTD), where)
+    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, places: Places) -> tuple[Tensor, RouterOutput | None]:
+        hidden_BTD, router = self.layer(self.junction(hidden_BTD, ahead_BTD), places)
         return self.norm(hidden_BTD), router
 
 
@@ -87,17 +87,20 @@ class Decoder(nn.Module):
         config.check()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.position == "learned" else None
+        )
         self.media = MediaEncoders(config)
         self.embed_convolution = (
             LocalConvolution(config.hidden_size, config.embedding_conv_tokens) if config.embedding_conv_tokens else None
         )
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm(config) if config.norm_position == "pre" else nn.Identity()
         self.mtp = nn.ModuleList(MultiTokenPrediction(config) for _ in range(config.num_nextn_predict_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        initialise(self, config.initializer_range, config.num_hidden_layers)
+        initialise(self, config)
 
     def forward(
         self,
@@ -119,31 +122,51 @@ class Decoder(nn.Module):
         `predict_at`, bool (B, T), is set: (M, V) in row-major order of those positions; `predict_ahead_at` holds one
         such mask for each multi-token-prediction module to run.
         """
+        places = find_places(document, modality, position, self.config)
         index_BT = running_index(document)
         embedded_BTD = self.embed_tokens(input_ids)
         embedded_BTD = self.media(embedded_BTD, modality, position, image, audio, audio_frames, video)
         if self.embed_convolution is not None:
             embedded_BTD = self.embed_convolution(embedded_BTD, index_BT)
-        scale_tokens = self.config.attention_log_scale_tokens
-        where = Where(
-            rope=rope_table(index_BT, self.config.qk_rope_head_dim, self.config.rope_theta),
-            lengths=document_lengths(document),
-            query_scale_BT=log_scale(index_BT, scale_tokens) if scale_tokens else None,
-            is_token_BT=document >= 0,
-        )
-        hidden_BTD, routers = embedded_BTD, []
+        hidden_BTD, routers = self._add_positions(embedded_BTD, index_BT), []
         for layer in self.layers:
-            hidden_BTD, router = layer(hidden_BTD, where)
+            hidden_BTD, router = layer(hidden_BTD, places)
             routers.append(router)
         hidden_BTD = self.norm(hidden_BTD)
         logits_MV = None if predict_at is None else self.lm_head(hidden_BTD[predict_at])
 
         ahead_BTD, mtp = hidden_BTD, []
         for depth, (module, at_BT) in enumerate(zip(self.mtp, predict_ahead_at), start=1):  # noqa: B905 (asked ones)
-            ahead_BTD, router = module(ahead_BTD, tokens_ahead(embedded_BTD, document, depth), where)
+            ahead_BTD, router = module(ahead_BTD, tokens_ahead(embedded_BTD, document, depth), places)
             mtp.append(self.lm_head(ahead_BTD[at_BT]))
             routers.append(router)
         return Output(hidden_BTD, logits_MV, tuple(mtp), tuple(router for router in routers if router is not None))
+
+    def _add_positions(self, embedded_BTD: Tensor, index_BT: Tensor) -> Tensor:
+        if self.embed_positions is not None:
+            return embedded_BTD + self.embed_positions(index_BT)
+        if self.config.position == "sinusoidal":
+            encoding = axial_encoding(index_BT.reshape(-1, 1), self.config.hidden_size)
+            return embedded_BTD + encoding.view_as(embedded_BTD).to(embedded_BTD.dtype)
+        return embedded_BTD
+
+
+@torch.no_grad()
+def attention_mass(decoder: Decoder, fields: dict[str, Tensor]) -> Tensor:
+    """Of each layer the mean share of attention from modality i to modality j, float32 (L, 4, 4): a diagnostic."""
+    masses: list[Tensor] = []
+
+    def measure(attention: LatentAttention | GroupedAttention, inputs: tuple[Tensor, Places]) -> None:
+        query, key, _ = attention.project(*inputs)
+        masses.append(modality_mass(query, key, fields["modality"], inputs[1], attention.scale, decoder.config))
+
+    hooks = [layer.get_submodule("self_attn").register_forward_pre_hook(measure) for layer in decoder.layers]
+    try:
+        decoder(**fields)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(masses)
 
 
 def text_fields(input_ids: Tensor, config: ModelConfig) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 """Media become embeddings in the sequence of text embeddings; one encoder per modality.
 
+Media are read, not written: a model predicts text only, and discrete codes of pictures or sound as targets are out of
+scope.
+
 B batch, T tokens, N media tokens of the whole batch, P values of a patch, F frames, M mel bands, D model width.
 """
 
@@ -28,7 +31,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.axes = axes
         self.patch_proj = nn.Linear(patch_pixels**2 * 3, config.hidden_size, bias=False)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.scale = MEDIA_SCALE
 
     def forward(self, patch_NP: Tensor, position_N3: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class AudioEncoder(nn.Module):
         width, layers = config.hidden_size, int(math.log2(config.audio_frames_per_token))
         channels = [mels, *[width] * (layers - 1)]
         self.convolutions = nn.ModuleList(StridedConvolution(c, width) for c in channels)
-        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=config.rms_norm_eps) for _ in channels)
+        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=config.norm_eps) for _ in channels)
         self.scale = MEDIA_SCALE
 
     def forward(self, frames_FM: Tensor, lengths: Tensor, position_N3: Tensor) -> Tensor:

@@ -4,23 +4,54 @@ B batch, T tokens, D model width, F feed-forward width.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniloom.model.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """RMSNorm, g · x / √(mean x² + ε) (Zhang and Sennrich 2019, eq. 4), or LayerNorm, g · (x − mean) / √(var + ε) + b
+    (Ba et al. 2016, eq. 4), over the model's width."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), (…, D) → (…, D); Shazeer 2020, eq. 6."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        width, bias = config.hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(width, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, width, bias=bias)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), (…, D) → (…, D), act ReLU (Vaswani et al. 2017, eq. 2), GELU, or GELU by tanh as in GPT-2."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(hidden_BTD)))
 
 
 class LocalConvolution(nn.Module):
@@ -48,13 +79,21 @@ RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "down_EFD")
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, std: float, num_hidden_layers: int) -> None:
-    """Draw matrices from normal(0, std); those that write into the residual stream from normal(0, std / √(2L)).
+def initialise(model: nn.Module, config: ModelConfig) -> None:
+    """Draw matrices from normal(0, σ); biases 0, norm gains 1, local convolutions as they drew themselves.
 
-    Norm gains stay 1, local convolutions as they drew themselves. Source: GPT-2's residual scaling, two writes a layer.
+    σ is `initializer_range`; with `residual` matrices that write into the residual stream have σ / √(2L) (GPT-2: two
+    writes a layer); with `he` every matrix but an embedding has √(2 / inputs) (He et al. 2015, eq. 10).
     """
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or name.endswith("weight_KD"):
+        *_, module, last = name.split(".")
+        if last in ("bias", "logit_bias_E"):
+            parameter.zero_()
+        if parameter.dim() < 2 or last == "weight_KD":
             continue
-        writes_residual = any(part in RESIDUAL_OUTPUTS for part in name.split("."))
-        parameter.normal_(0.0, std / math.sqrt(2 * num_hidden_layers) if writes_residual else std)
+        std = config.initializer_range
+        if config.initializer == "he" and not module.startswith("embed"):
+            std = math.sqrt(2 / parameter.shape[1])  # (out, in), and (E, in, out) of the experts
+        elif config.initializer == "residual" and {module, last} & set(RESIDUAL_OUTPUTS):
+            std /= math.sqrt(2 * config.num_hidden_layers)
+        parameter.normal_(0.0, std)

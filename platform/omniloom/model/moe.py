@@ -1,6 +1,6 @@
-"""Mixture of experts with sigmoid gates and auxiliary-loss-free balancing, DeepSeek-V3 report section 2.1.2.
+"""Mixture of experts: DeepSeek-V3's routing (report, section 2.1.2) and softmax routing; balancing by a bias.
 
-B batch, T tokens, N = B·T, D model width, E routed experts, K experts per token, F expert width.
+B batch, T tokens, N = B·T, D model width, E routed experts, K experts per token, F expert width, G groups.
 """
 
 from collections.abc import Callable
@@ -17,40 +17,59 @@ from omniloom.model.layers import SwiGLU
 class RouterOutput(NamedTuple):
     """What one layer's router did: the raw material of balancing and of the router's health."""
 
-    scores_BTE: Tensor  # float32, sigmoid affinities without the bias
+    scores_BTE: Tensor  # float32, affinities without the bias: sigmoids, or a softmax
     tokens_per_expert_E: Tensor  # int64, choices that landed on each expert, padding excluded
 
 
 class Router(nn.Module):
-    """s = sigmoid(u·e_i); choose the K largest of s + b; gates = chosen s / their sum × scaling (eqs. 12–16).
+    """s = sigmoid(u·e_i), choose the K largest of s + b, or s = softmax(u·e_i + b_r), choose the K largest of s.
 
-    The bias b steers the choice only and gets no gradient: the training step moves it by `update_expert_bias`.
+    Of G groups the `topk_group` whose two best s + b sum highest are asked. gates = chosen s, over their sum where
+    `norm_topk_prob`, × scaling (eqs. 12–16). b steers the choice only and gets no gradient: the training step moves it
+    by `update_expert_bias`. b_r is trained. Sources: DeepSeek-V3; Shazeer et al. 2017 with one softmax.
     """
 
-    bias_E: Tensor
+    bias_E: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.experts_per_token = config.num_experts_per_tok
-        self.scaling = config.routed_scaling_factor
+        self.config = config
         self.weight_ED = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("bias_E", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.logit_bias_E = nn.Parameter(torch.zeros(config.n_routed_experts)) if config.router_bias else None
+        steered = config.scoring_func == "sigmoid"
+        self.register_buffer("bias_E", torch.zeros(config.n_routed_experts, dtype=torch.float32) if steered else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Engines cast whole modules to bf16, where a bias near 0.5 cannot move by 0.001: the bias stays float32.
         before: Any = self.bias_E
         super()._apply(fn, recurse)
-        if self.bias_E.dtype != torch.float32:
+        if self.bias_E is not None and self.bias_E.dtype != torch.float32:
             self.bias_E = before.to(self.bias_E.device)
         return self
 
     def forward(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Affinities (N, E), gates (N, K) and chosen experts (N, K), all computed in float32."""
-        scores_NE = F.linear(hidden_ND.float(), self.weight_ED.float()).sigmoid()  # Eq. 15
-        chosen_NK = (scores_NE + self.bias_E).topk(self.experts_per_token, dim=-1).indices  # Eq. 16
+        config = self.config
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # a choice must not hang on bf16's three digits
+            trained = None if self.logit_bias_E is None else self.logit_bias_E.float()
+            logits_NE = F.linear(hidden_ND.float(), self.weight_ED.float(), trained)
+        scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)  # Eq. 15
+        steered_NE = scores_NE if self.bias_E is None else scores_NE + self.bias_E
+        if config.n_group > 1:
+            steered_NE = best_groups_only(steered_NE, config.n_group, config.topk_group)
+        chosen_NK = steered_NE.topk(config.num_experts_per_tok, dim=-1).indices  # Eq. 16
         gates_NK = scores_NE.gather(-1, chosen_NK)
-        gates_NK = gates_NK / gates_NK.sum(dim=-1, keepdim=True) * self.scaling  # Eq. 13
-        return scores_NE, gates_NK, chosen_NK
+        if config.norm_topk_prob:
+            gates_NK = gates_NK / (gates_NK.sum(dim=-1, keepdim=True) + 1e-20)  # Eq. 13
+        return scores_NE, gates_NK * config.routed_scaling_factor, chosen_NK
+
+
+def best_groups_only(steered_NE: Tensor, groups: int, kept: int) -> Tensor:
+    """−∞ for the experts outside each token's `kept` best groups, a group's score being the sum of its two best."""
+    grouped_NGE = steered_NE.unflatten(-1, (groups, -1))
+    score_NG = grouped_NGE.topk(2, dim=-1).values.sum(dim=-1)
+    best_NG = torch.zeros_like(score_NG, dtype=torch.bool).scatter_(1, score_NG.topk(kept, dim=-1).indices, True)
+    return grouped_NGE.masked_fill(~best_NG[..., None], -torch.inf).flatten(1)
 
 
 class Experts(nn.Module):
@@ -61,14 +80,19 @@ class Experts(nn.Module):
         experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_EDF = nn.Parameter(torch.empty(experts, width, 2 * inner))
         self.down_EFD = nn.Parameter(torch.empty(experts, inner, width))
+        self.product: Callable[..., Tensor] = F.grouped_mm  # training may put one in float8 here
 
     def forward(self, hidden_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         experts, choices = self.gate_up_EDF.shape[0], chosen_NK.shape[1]
         order = chosen_NK.flatten().argsort(stable=True)  # choices sorted by expert
         token = order // choices
         ends_E = chosen_NK.flatten().bincount(minlength=experts).cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(hidden_ND[token], self.gate_up_EDF, offs=ends_E).chunk(2, dim=-1)
-        expert_out = F.grouped_mm(F.silu(gate) * up, self.down_EFD, offs=ends_E)
+        # Autocast does not know grouped products.
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        sorted_ND = hidden_ND[token].to(dtype)
+        gate, up = self.product(sorted_ND, self.gate_up_EDF.to(dtype), offs=ends_E).chunk(2, dim=-1)
+        expert_out = self.product(F.silu(gate) * up, self.down_EFD.to(dtype), offs=ends_E)
         weighted = expert_out * gates_NK.flatten()[order, None].to(expert_out.dtype)
         return torch.zeros_like(hidden_ND).index_add(0, token, weighted.to(hidden_ND.dtype))
 
@@ -80,7 +104,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = SwiGLU(config, shared) if shared else None
 
     def forward(self, hidden_BTD: Tensor, is_token_BT: Tensor) -> tuple[Tensor, RouterOutput]:
         batch, tokens, width = hidden_BTD.shape
@@ -88,7 +113,9 @@ class MixtureOfExperts(nn.Module):
         scores_NE, gates_NK, chosen_NK = self.router(hidden_ND)
         routed_ND = self.experts(hidden_ND, gates_NK, chosen_NK)
         counts_E = chosen_NK[is_token_BT.flatten()].flatten().bincount(minlength=scores_NE.shape[-1])
-        output_BTD = self.shared_experts(hidden_BTD) + routed_ND.view_as(hidden_BTD)
+        output_BTD = routed_ND.view_as(hidden_BTD)
+        if self.shared_experts is not None:
+            output_BTD = output_BTD + self.shared_experts(hidden_BTD)
         return output_BTD, RouterOutput(scores_NE.view(batch, tokens, -1), counts_E)
 
 

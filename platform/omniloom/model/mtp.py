@@ -8,22 +8,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniloom.model.config import ModelConfig
+from omniloom.model.layers import norm
 
 
 class Junction(nn.Module):
-    """h′ = M [RMSNorm(h); RMSNorm(Emb(next token))], what a module's own layer reads (eq. 21); (B, T, D) → (B, T, D).
+    """h′ = M [norm(Emb(next token)); norm(h)], what a module's own layer reads (eq. 21); (B, T, D) → (B, T, D).
 
-    h is the state one module earlier, after its norm, which is what published weights were trained on.
+    h is the state one module earlier, after its norm, and the embedding comes first, where the report has it second:
+    so were the published weights trained.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.hnorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.enorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.enorm = norm(config)
+        self.hnorm = norm(config)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor) -> Tensor:
-        return self.eh_proj(torch.cat([self.hnorm(hidden_BTD), self.enorm(ahead_BTD)], dim=-1))
+        return self.eh_proj(torch.cat([self.enorm(ahead_BTD), self.hnorm(hidden_BTD)], dim=-1))
 
 
 def tokens_ahead(embedded_BTD: Tensor, document_BT: Tensor, ahead: int) -> Tensor:
