@@ -25,6 +25,7 @@ class OneRank:
     """What the step needs of an engine, without DeepSpeed."""
 
     device = torch.device("cpu")
+    skipped = False
 
     def __init__(self, model: Decoder) -> None:
         self.model, self.rate_share = model, 0.0

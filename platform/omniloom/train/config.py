@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from omniloom.data.shards import Index
 
 
+PRECISIONS = ("fp32", "bf16_autocast", "bf16", "fp16", "fp8")  # train/precision.py says what each means
+
+
 @dataclass
 class TrainConfig:
     """How long, how large a batch, in which precision, how often to look.
@@ -26,7 +29,9 @@ class TrainConfig:
     tokens: int | None = None  # instead of steps: positions seen, rows × seq_len
     global_batch_size: int = 32
     micro_batch_size: int = 8
-    precision: str = "fp32"  # or bf16
+    # or bf16_autocast: fp32 parameters, products in bf16; bf16, fp16: parameters and products in it, fp32 masters, fp16
+    # with a loss scale that follows the gradients; fp8: as bf16, the layers' products in float8, on a GPU that has them
+    precision: str = "fp32"
     gradient_clipping: float = 1.0
     balance_loss_weight: float = 1e-4
     mtp_loss_weight: float = 0.3
@@ -107,7 +112,7 @@ class TrainingRun:
         self.data.check()
         self.track.check()
         train = self.train
-        refuse_unless_one_of("train.precision", train.precision, ("fp32", "bf16"))
+        refuse_unless_one_of("train.precision", train.precision, PRECISIONS)
         refuse_unless_one_of("schedule.kind", self.schedule.kind, ("cosine", "warmup_stable_decay"))
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise ConfigError(f"run={self.run!r} must be a plain name: it becomes a folder under runs_dir")
@@ -131,6 +136,11 @@ class TrainingRun:
             )
         if self.parallel.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"parallel.zero_stage={self.parallel.zero_stage} must be 0, 1, 2 or 3")
+        if train.precision == "fp16" and self.parallel.zero_stage == 0:
+            raise ConfigError(
+                "at ZeRO 0 DeepSpeed divides the gradients by a loss scale that it never multiplied by: "
+                "train.precision=fp16 needs parallel.zero_stage=1, 2 or 3 (it is 0)"
+            )
         if self.schedule.warmup_steps >= self.steps:
             raise ConfigError(
                 f"warm-up must end before the run does: schedule.warmup_steps={self.schedule.warmup_steps} is not "

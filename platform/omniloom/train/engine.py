@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from omniloom.train.config import TrainingRun
 from omniloom.train.optimizer import deepspeed_section, parameter_groups
+from omniloom.train.precision import (
+    FP32_PARAMETERS,
+    convert_to_float8,
+    deepspeed_sections,
+    refuse_unless_possible,
+)
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, but warns on standard output
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 
 SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # of a parameter group; its rate is set at every step
@@ -29,7 +36,7 @@ def deepspeed_config(run: TrainingRun, ranks: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
         "gradient_clipping": train.gradient_clipping,
         "zero_optimization": {"stage": run.parallel.zero_stage},
-        "bf16": {"enabled": train.precision == "bf16"},
+        **deepspeed_sections(train.precision),
         "optimizer": deepspeed_section(run.optimizer),
         "steps_per_print": 1 << 62,  # our own tracker reports
     }
@@ -39,6 +46,9 @@ class Engine:
     """A DeepSpeed engine with what the training step needs of it."""
 
     def __init__(self, module: nn.Module, run: TrainingRun) -> None:
+        precision, accelerator = run.train.precision, get_accelerator()
+        refuse_unless_possible(precision, module, accelerator.device_name(), accelerator.supported_dtypes())
+        self.float8 = convert_to_float8(module) if precision == "fp8" else []  # names of modules
         if not torch.accelerator.is_available():
             # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the
             # few matrix products of a Muon step.
@@ -57,8 +67,12 @@ class Engine:
         self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
         self.device: torch.device = self._engine.device
         self.module = module
-        # The gradients' norm is ours to take where DeepSpeed keeps none (stage 0 in fp32).
-        self._clip_here = self.zero_stage == 0 and run.train.precision == "fp32"
+        # The gradients' norm is ours to take where DeepSpeed keeps none.
+        self._clip_here = self.zero_stage == 0 and precision in FP32_PARAMETERS
+        self._scales_loss = precision == "fp16"
+        if self.zero_stage == 0 and not self._clip_here:
+            # DeepSpeed has taken a step of zero gradients to make the optimizer's state: Adam would count it.
+            self._engine.optimizer.state.clear()
 
     def forward(self, **inputs: Tensor | list[Tensor]) -> Any:
         """Run the model."""
@@ -85,6 +99,21 @@ class Engine:
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return float(norm)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether DeepSpeed left the last step out, as its gradients were not finite."""
+        return not self._engine.was_step_applied()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out since the run began."""
+        return self._engine.skipped_steps
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next step's loss is multiplied by, where gradients would vanish in fp16 otherwise."""
+        return float(self._engine.optimizer.loss_scale) if self._scales_loss else None
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""

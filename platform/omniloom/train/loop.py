@@ -43,6 +43,8 @@ def train(run: TrainingRun) -> None:
         stream = _Stream(run, corpus, engine)
         if tracker is not None and stream.skipped:
             tracker.event("skipped_documents", count=stream.skipped, reason=f"media and over {run.data.seq_len} tokens")
+        if tracker is not None and engine.float8:
+            tracker.event("float8", modules=engine.float8)
         began, first = time.monotonic(), state.step
         for batches, waited_s in stream.steps(state.step):
             started = time.monotonic()
@@ -63,7 +65,9 @@ def train(run: TrainingRun) -> None:
             if step % run.train.val_every == 0 or step == run.steps:
                 line |= stream.validate()
             if tracker is not None:
-                tracker.metrics(line)
+                if engine.skipped:
+                    tracker.event("skipped_step", step=step, loss_scale=engine.loss_scale)
+                tracker.metrics(line | _scaling(engine))
             if step % run.train.save_every == 0 or step == run.steps or stop:
                 folder = checkpoint.save(engine, model, corpus, run.folder, state)
                 if tracker is not None:
@@ -161,6 +165,13 @@ def _times(engine: Engine, result: StepResult, step_s: float, waited_s: float) -
         "step_s": step_s,
         "data_wait_s": waited_s,
     }
+
+
+def _scaling(engine: Engine) -> dict[str, float]:
+    """fp16's loss scale after the step, and how many steps it has cost so far."""
+    if engine.loss_scale is None:
+        return {}
+    return {"loss_scale": engine.loss_scale, "skipped_steps": engine.skipped_steps}
 
 
 def _peak_memory_bytes() -> int:

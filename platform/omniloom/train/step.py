@@ -77,7 +77,8 @@ def training_step(
 
     mean_nll, mean_balance, *mean_mtp = engine.sum_over_ranks(sums).tolist()
     counts_LE = torch.zeros(0, 0) if counts_LE is None else engine.sum_over_ranks(counts_LE)
-    _move_biases(model, counts_LE, config)
+    if not engine.skipped:
+        _move_biases(model, counts_LE, config)
     mtp_mean = sum(mean_mtp) / depths if depths else None
     return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, int(total_tokens), counts_LE)
 
@@ -109,6 +110,8 @@ def sparse_layers(model: Decoder) -> list[tuple[int, MixtureOfExperts]]:
 def _move_biases(model: Decoder, counts_LE: Tensor, config: TrainConfig) -> None:
     for (_, moe), counts_E in zip(sparse_layers(model), counts_LE, strict=True):
         bias_E = moe.router.bias_E
+        if bias_E is None:  # softmax routing balances by the loss alone
+            continue
         bias_E.copy_(update_expert_bias(bias_E, counts_E, config.expert_bias_rate, config.expert_bias_tolerance))
 
 
