@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from omniloom.errors import ConfigError, DataError
 from omniloom.modality.sequence import TEXT
-from omniloom.modality.text import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from omniloom.modality.text import BOS, EOS, SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 
 LINES = [
     "The cat sat on the mat, and the cat was fat.",
@@ -144,6 +144,30 @@ def test_a_tokenizer_without_our_special_tokens_is_refused_with_their_names(tmp_
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"lacks the special tokens <\|image\|>; "):
         load_tokenizer(path)
+
+
+def test_a_foreign_tokenizer_serves_text_by_the_ends_that_its_folder_names(tmp_path: Path) -> None:
+    foreign = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<s>": 2, "</s>": 3}, unk_token="a"))
+    foreign.pre_tokenizer = pre_tokenizers.Whitespace()
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="lacks the special tokens"):
+        load_tokenizer(tmp_path / "tokenizer.json", may_be_foreign=True)
+    named = tmp_path / "tokenizer_config.json"
+    for content, ends in [
+        ({"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}, (2, 3)),
+        ({"bos_token": None, "eos_token": "</s>"}, (3, 3)),
+    ]:
+        named.write_text(json.dumps(content))
+        loaded = load_tokenizer(tmp_path / "tokenizer.json", may_be_foreign=True)
+        assert (loaded.bos_id, loaded.eos_id, loaded.encode("b a b").tolist()) == (*ends, [1, 0, 1])
+        with pytest.raises(ConfigError, match="lacks the special tokens"):
+            load_tokenizer(tmp_path / "tokenizer.json")  # of a corpus: it must have placeholders
+    named.write_text(json.dumps({"bos_token": "<s>"}))
+    with pytest.raises(DataError, match="names no eos_token"):
+        load_tokenizer(tmp_path / "tokenizer.json", may_be_foreign=True)
+    named.write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
+    TRAINED.save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "tokenizer.json", may_be_foreign=True).placeholder_ids == TRAINED.placeholder_ids
 
 
 def test_a_foreign_tokenizers_truncation_and_padding_do_not_touch_a_document(tmp_path: Path) -> None:

@@ -34,8 +34,11 @@ class OmniloomLM(TemplateLM):
         super().__init__()
         self._decoder = model.decoder
         self._device = next(model.parameters()).device
-        self._text = load_tokenizer(model.folder / "tokenizer.json")
-        self._modality = TypeAdapter(ModalityConfig).validate_json((model.folder / "modality.json").read_bytes())
+        self._text = load_tokenizer(model.folder / "tokenizer.json", may_be_foreign=True)
+        rules = model.folder / "modality.json"  # a Hugging Face folder has none, and reads text alone
+        self._modality = (
+            TypeAdapter(ModalityConfig).validate_json(rules.read_bytes()) if rules.is_file() else ModalityConfig()
+        )
         self._context_tokens = model.config.max_position_embeddings
         self._batch_tokens, self._control = batch_tokens, control
         self._media = PromptMedia(self._modality, control)

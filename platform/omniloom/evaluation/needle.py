@@ -7,11 +7,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from omniloom.errors import ConfigError, DataError
 from omniloom.modality.text import TextTokenizer, load_tokenizer
-from omniloom.model.config import ModelConfig
+from omniloom.model.load import open_weights
 
 KEYS = "apple bread chair river stone table window garden"
 
@@ -62,8 +60,8 @@ def needle_items(texts: list[str], model: Path, grid: Grid) -> list[dict[str, An
     that nothing can be known by heart. Raises ConfigError where a length is over the model's context or too short.
     """
     grid.check()
-    tokenizer = load_tokenizer(model / "tokenizer.json")
-    context = TypeAdapter(ModelConfig).validate_json((model / "config.json").read_bytes()).max_position_embeddings
+    tokenizer = load_tokenizer(model / "tokenizer.json", may_be_foreign=True)
+    context = open_weights(model)[0].max_position_embeddings
     lengths = grid.lengths or [2**power for power in range(6, 31) if 2**power <= context]
     for length in lengths:
         if length > context:

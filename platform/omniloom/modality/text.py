@@ -1,7 +1,9 @@
 """Text becomes ids by byte-level BPE (the `tokenizers` library)."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,10 +18,12 @@ BYTES = 256
 
 
 class TextTokenizer:
-    """The vocabulary of one corpus, with the ids of its special tokens."""
+    """The vocabulary of one corpus, with the ids of its special tokens; a foreign model's has no placeholders."""
 
-    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
-        missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    def __init__(self, tokenizer: Tokenizer, name: str, foreign: tuple[str, str] | None = None) -> None:
+        bos, eos = foreign or (BOS, EOS)
+        asked = SPECIAL_TOKENS if foreign is None else foreign
+        missing = [token for token in asked if tokenizer.token_to_id(token) is None]
         if missing:
             raise ConfigError(f"tokenizer {name} lacks the special tokens {', '.join(missing)}; omniloom needs each")
         # Special tokens written out in a user's text are ordinary text: nobody types a placeholder into a prompt.
@@ -27,10 +31,10 @@ class TextTokenizer:
         tokenizer.no_truncation()  # a foreign file may ask for both
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        ids = {token: int(tokenizer.token_to_id(token) or 0) for token in SPECIAL_TOKENS}  # none is missing
-        self.bos_id, self.eos_id = ids[BOS], ids[EOS]
+        ids = {token: int(tokenizer.token_to_id(token) or 0) for token in asked}  # none is missing
+        self.bos_id, self.eos_id = ids[bos], ids[eos]
         # By modality; text has no placeholder of its own.
-        self.placeholder_ids = (self.eos_id, *(ids[token] for token in PLACEHOLDERS))
+        self.placeholder_ids = (self.eos_id, *(ids[token] for token in PLACEHOLDERS if foreign is None))
 
     @property
     def vocab_size(self) -> int:
@@ -78,13 +82,33 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(tokenizer, "just trained")
 
 
-def load_tokenizer(path: Path) -> TextTokenizer:
-    """Read an existing `tokenizer.json`; raises DataError where it is missing or no tokenizer."""
+def load_tokenizer(path: Path, may_be_foreign: bool = False) -> TextTokenizer:
+    """Read an existing `tokenizer.json`; raises DataError where it is missing or no tokenizer.
+
+    Where it may be foreign, a tokenizer_config.json beside it that names other tokens for the beginning and the end of
+    a document makes it so: it serves text alone.
+    """
     if not path.is_file():
         raise DataError(f"no tokenizer at {path}: set tokenizer.path to a tokenizer.json, or leave it out to train one")
     try:
-        return TextTokenizer(Tokenizer.from_file(str(path)), str(path))
-    except ConfigError:
+        foreign = _foreign_ends(path.with_name("tokenizer_config.json")) if may_be_foreign else None
+        return TextTokenizer(Tokenizer.from_file(str(path)), str(path), foreign)
+    except (ConfigError, DataError):
         raise
     except Exception as error:  # the library raises bare Exception for malformed files
         raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def _foreign_ends(path: Path) -> tuple[str, str] | None:
+    """bos and eos as a Hugging Face folder names them, eos for both where it has no bos; None where they are ours."""
+    if not path.is_file():
+        return None
+    named = json.loads(path.read_bytes())
+    bos, eos = (_content(named.get(key)) for key in ("bos_token", "eos_token"))
+    if eos is None:
+        raise DataError(f"{path} names no eos_token: documents could not be told apart")
+    return None if (bos, eos) == (BOS, EOS) else (bos or eos, eos)
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
