@@ -20,8 +20,11 @@ class Verb:
 VERBS = {
     "demo": Verb("demo.py"),
     "tokenize": Verb("tokenize_corpus.py"),
+    "plan": Verb("plan_run.py"),
     "train": Verb("pretrain.py"),
     "evaluate": Verb("run_evals.py"),
+    "export": Verb("export_model.py", words=("init", "to")),
+    "import": Verb("import_model.py", words=("source", "to")),
     "report": Verb("write_report.py", words=("run",)),
     "sweep": Verb("sweep_runs.py"),
     "submit": Verb("submit_job.py"),
@@ -41,8 +44,11 @@ usage: omniloom VERB [key=value …]
 
   demo       the whole main job on sample data, on this machine, in minutes
   tokenize   files to shards
+  plan       what a training run would take; so far its parameters, by part
   train      shards to a trained model
   evaluate   a trained model to scores, through lm-eval
+  export     a model as a Hugging Face folder, for transformers and for servers
+  import     a Hugging Face folder, or a file of llama2.c's, as a model of ours
   report     a run's page: its curves, scores and samples in one file
   sweep      train, many times, over values of any keys; what is clearly worse ends early
 
@@ -55,9 +61,11 @@ usage: omniloom VERB [key=value …]
 examples:
   omniloom demo
   omniloom tokenize manifest=corpus.yaml corpus=corpora/mine tokenizer.vocab_size=8192
+  omniloom plan model=deepseek_v3
   omniloom train corpus=corpora/mine run=first model=tiny train.steps=500 cluster.workers=2
   omniloom train experiment=smoke run=smoke
   omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[held-out.txt]
+  omniloom export first exported/first
   omniloom report first
   omniloom sweep train experiment=smoke run=lr optimizer.lr='tag(log,interval(1e-4,1e-2))' sweep=asha
   omniloom cluster up nodes=2

@@ -68,6 +68,13 @@ class TrainSettings(TrainingRun, CorpusConfig):
 
 
 @dataclass
+class PlanSettings(TrainSettings):
+    """What a train job would take."""
+
+    json: bool = False
+
+
+@dataclass
 class EvaluateSettings:
     """lm-eval tasks on a trained model."""
 
@@ -91,6 +98,46 @@ class EvaluateSettings:
                 raise ConfigError(f"task_args.{name} is for no task of this command; {did_you_mean(name, self.tasks)}")
         if self.batch_tokens < 1 or (self.limit is not None and self.limit < 1):
             raise ConfigError(f"batch_tokens={self.batch_tokens} and limit={self.limit} must be at least 1")
+
+
+@dataclass
+class ExportSettings:
+    """A model of ours as a Hugging Face folder."""
+
+    init: str | None = None  # a run, a checkpoint or a model folder
+    to: str | None = None
+    dtype: str | None = None  # fp32, bf16 or fp16; as it is kept
+    max_shard_bytes: int = 4_000_000_000
+    force: bool = False  # replace the folder where it is a model's
+    runs_dir: str = "runs"
+
+    def check(self) -> None:
+        """Raise ConfigError where nothing is named to export, or nowhere."""
+        if self.init is None or self.to is None:
+            raise ConfigError("name a model and a new folder: omniloom export RUN FOLDER")
+        _refuse_no_bytes(self.max_shard_bytes)
+
+
+@dataclass
+class ImportSettings:
+    """Somebody else's model as one of ours."""
+
+    source: str | None = None  # a Hugging Face folder, or a file of llama2.c's
+    to: str | None = None
+    tokenizer: str | None = None  # tokenizer.json, or llama2.c's .bin, where the source has none
+    max_shard_bytes: int = 4_000_000_000
+    force: bool = False  # replace the folder where it is a model's
+
+    def check(self) -> None:
+        """Raise ConfigError where nothing is named to import, or nowhere."""
+        if self.source is None or self.to is None:
+            raise ConfigError("name a source and a new folder: omniloom import SOURCE FOLDER")
+        _refuse_no_bytes(self.max_shard_bytes)
+
+
+def _refuse_no_bytes(max_shard_bytes: int) -> None:
+    if max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
 
 
 @dataclass
@@ -190,18 +237,19 @@ def resource_folder(name: str) -> Path:
     raise ConfigError(f"the installation lacks its {name}/ folder, looked in {package} and {package.parents[1]}")
 
 
-def run_job(job: str, schema: type[Settings], function: Callable[[Settings], None]) -> None:
+def run_job(job: str, schema: type[Settings], function: Callable[[Settings], None], extends: str | None = None) -> None:
     """Compose conf/<job>.yaml with the command line's overrides and call `function` on the settings.
 
-    Hydra's own flags (--cfg job, --help, -m, shell completion) keep their meaning; --debug adds tracebacks, --json is
-    json=true, -f follow=true. Ends the process with a nonzero status, after one message, where the work was not done.
+    Where conf/<job>.yaml `extends` another root, `schema` takes the place of that root's own. Hydra's own flags (--cfg
+    job, --help, -m, shell completion) keep their meaning; --debug adds tracebacks, --json is json=true, -f follow=true.
+    Ends the process with a nonzero status, after one message, where the work was not done.
     """
     debug = "--debug" in sys.argv
     free = [key for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS]
     mappings = tuple(f"{key}{end}" for key in free for end in ".=")
     sys.argv = [_as_override(word, mappings) for word in sys.argv if word != "--debug"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us: the one message is ours to write
-    ConfigStore.instance().store(name=f"{job}_schema", node=schema)
+    ConfigStore.instance().store(name=f"{extends or job}_schema", node=schema)
 
     def call(config: DictConfig) -> None:
         settings = OmegaConf.to_object(config)

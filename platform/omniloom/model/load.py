@@ -1,17 +1,22 @@
 """Trained weights on disk and back: safetensors and a config.json, without DeepSpeed, without pickle."""
 
 import json
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from huggingface_hub import load_torch_model, save_torch_state_dict
+from huggingface_hub import save_torch_state_dict
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from omniloom.errors import CheckpointError, did_you_mean
+from omniloom.errors import CheckpointError, ConfigError, did_you_mean
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder, text_fields
+from omniloom.model.hf import KINDS, HuggingFaceWeights, Shapes
+from omniloom.model.hf_config import from_hugging_face
+from omniloom.model.weights import Weights
 
 
 class Model(nn.Module):
@@ -33,38 +38,118 @@ class Model(nn.Module):
         return output.logits.unflatten(0, input_ids.shape)
 
 
+class Source(Protocol):
+    """Weights under our names, wherever they lie."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor, as it is kept."""
+
+    def fill(self, name: str, into: Tensor) -> None:
+        """Write one tensor."""
+
+
+class OwnWeights(Weights):
+    """The weights of a folder of ours."""
+
+    def fill(self, name: str, into: Tensor) -> None:
+        """Write one tensor."""
+        into.copy_(self.read(name))
+
+
 def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
     """Write config.json and the weights as safetensors, sharded by size."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    write_config(folder, config)
     kept = {name: tensor for name, tensor in weights.items() if not _is_tied_copy(name, config)}
     # Cloned: the engine keeps all parameters as views of one buffer.
     save_torch_state_dict({name: tensor.detach().cpu().clone() for name, tensor in kept.items()}, str(folder))
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    """Write config.json."""
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
 
 
 def _is_tied_copy(name: str, config: ModelConfig) -> bool:
     return config.tie_word_embeddings and name == "lm_head.weight"
 
 
+def shapes_of(config: ModelConfig) -> Shapes:
+    """Names and shapes of a decoder's weights, each once; nothing is allocated."""
+    with torch.device("meta"):
+        state = Decoder(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if not _is_tied_copy(name, config)}
+
+
 def load_model(path: Path) -> Model:
-    """Load a run (its newest complete checkpoint), a checkpoint, or a model folder; raises CheckpointError."""
+    """Load a run (its newest complete checkpoint), a checkpoint, or a model folder, ours or Hugging Face's.
+
+    Weights go one by one from their files into the decoder's float32. Raises CheckpointError.
+    """
     folder = model_folder(path)
+    config, weights = open_weights(folder)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder = decoder.to_empty(device="cpu")
+    if config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight  # apart since to_empty
+    for name, tensor in decoder.state_dict().items():
+        if not _is_tied_copy(name, config):
+            weights.fill(name, tensor)
+    return Model(decoder, folder).eval()
+
+
+def open_weights(folder: Path) -> tuple[ModelConfig, Source]:
+    """The config and the weights of a model folder, ours or Hugging Face's, whole and checked; nothing is read yet."""
+    theirs = read_config(folder)
+    if is_hugging_face(theirs):
+        return _open_hugging_face(folder, theirs)
+    config = own_config(folder)
+    weights = OwnWeights(folder)
+    weights.check(shapes_of(config))
+    return config, weights
+
+
+def _open_hugging_face(folder: Path, theirs: dict[str, Any]) -> tuple[ModelConfig, Source]:
+    name, config = from_hugging_face(theirs, str(folder / "config.json"))
+    kind = KINDS[name]
+    ahead, first = config.num_nextn_predict_layers, kind.layers.format(i=config.num_hidden_layers)
+    if ahead and not any(name.startswith(first) for name in Weights(folder).names):
+        warnings.warn(
+            f"{folder}: config.json names num_nextn_predict_layers={ahead} and the files hold no such module: "
+            "there is no multi-token prediction",
+            stacklevel=2,
+        )
+        config = replace(config, num_nextn_predict_layers=0)
+    return config, HuggingFaceWeights(folder, kind, config, shapes_of(config))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, whosever it is."""
     try:
-        config = TypeAdapter(ModelConfig).validate_json((folder / "config.json").read_bytes())
+        content = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is no model's: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is no model's: it is no mapping")
+    return content
+
+
+def is_hugging_face(config: dict[str, Any]) -> bool:
+    """Whether a config.json is theirs."""
+    return "model_type" in config or "architectures" in config
+
+
+def own_config(folder: Path) -> ModelConfig:
+    """The config of a folder of ours; raises CheckpointError."""
+    try:
+        config = TypeAdapter(ModelConfig).validate_python(read_config(folder))
+        config.check()
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'config.json'} is no model of ours: {error.errors()[0]['msg']}") from error
-    decoder = Decoder(config)
-    try:
-        loaded = load_torch_model(decoder, folder, strict=False, safe=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {folder}: {error}") from error
-    missing = [name for name in loaded.missing_keys if not _is_tied_copy(name, config)]
-    if missing or loaded.unexpected_keys:
-        raise CheckpointError(
-            f"{folder}: its weights are not its config.json's: {len(missing)} missing {missing[:3]}, "
-            f"{len(loaded.unexpected_keys)} unknown {loaded.unexpected_keys[:3]}"
-        )
-    return Model(decoder, folder).eval()
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    return config
 
 
 def model_folder(path: Path) -> Path:
