@@ -1,6 +1,6 @@
 """Sparse and linear attention against full attention, and absorbed latent decoding against the training form.
 
-Each line times the two side by side in this process (median of 5, forward and backward, float32, two threads) and
+Each line times the two side by side in this process (median of 5, forward and backward, float32, one thread) and
 measures each one's peak of live tensors in a process of its own: `python tests/benchmarks/attention.py`.
 """
 
@@ -79,7 +79,7 @@ def decode_ratio(cached: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     print(f"{'tokens':>8} {'full s':>8} {'sparse ×':>9} {'linear ×':>9}   peak MiB: full, sparse, linear")
     for tokens in (2_048, 8_192, 32_768):
         took = {kind: seconds(lambda kind=kind, tokens=tokens: run(kind, tokens)) for kind in KINDS}
