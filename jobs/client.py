@@ -5,7 +5,8 @@ import sys
 import time
 from functools import partial
 
-from omniloom.settings import ClientSettings, run_job
+from omniloom.compose import run_job
+from omniloom.settings import ClientSettings
 
 
 def main(settings: ClientSettings) -> None:

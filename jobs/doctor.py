@@ -10,9 +10,10 @@ from pathlib import Path
 
 from omniloom.cluster.config import ClusterConfig
 from omniloom.cluster.local import is_guarded, read_local
+from omniloom.compose import run_job
 from omniloom.doctor import Finding, accelerator, deepspeed_ops, machine, versions, wandb_mode
 from omniloom.errors import OmniloomError
-from omniloom.settings import DoctorSettings, run_job
+from omniloom.settings import DoctorSettings
 
 SIGNS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 

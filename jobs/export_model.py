@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from omniloom.settings import ExportSettings, run_job
+from omniloom.compose import run_job
+from omniloom.settings import ExportSettings
 
 
 def main(settings: ExportSettings) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from omniloom.compose import run_job
 from omniloom.modality.config import ModalityConfig
-from omniloom.settings import ImportSettings, run_job
+from omniloom.settings import ImportSettings
 
 
 def main(settings: ImportSettings) -> None:

@@ -3,7 +3,8 @@
 import json
 from dataclasses import asdict
 
-from omniloom.settings import LocalClusterSettings, run_job
+from omniloom.compose import run_job
+from omniloom.settings import LocalClusterSettings
 
 
 def main(settings: LocalClusterSettings) -> None:

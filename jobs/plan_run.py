@@ -2,8 +2,9 @@
 
 import json
 
+from omniloom.compose import run_job
 from omniloom.plan.params import count_parameters
-from omniloom.settings import PlanSettings, run_job
+from omniloom.settings import PlanSettings
 
 
 def main(settings: PlanSettings) -> None:

@@ -4,7 +4,8 @@ from dataclasses import asdict
 from functools import partial
 
 from omniloom.cluster.session import job_id, ray_session
-from omniloom.settings import TrainSettings, run_job
+from omniloom.compose import run_job
+from omniloom.settings import TrainSettings
 
 
 def main(settings: TrainSettings) -> None:

@@ -5,7 +5,8 @@ import sys
 from dataclasses import replace
 
 from omniloom.cluster.session import ray_session
-from omniloom.settings import EvaluateSettings, resource_folder, run_job
+from omniloom.compose import resource_folder, run_job
+from omniloom.settings import EvaluateSettings
 
 
 def main(settings: EvaluateSettings) -> None:

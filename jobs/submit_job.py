@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omniloom.cluster.config import looks_secret
+from omniloom.compose import Sweep, run_job, run_sweep
 from omniloom.errors import ConfigError, did_you_mean
 from omniloom.overrides import absolute_paths, quoted
-from omniloom.settings import SUBMITTABLE, Sweep, run_job, run_sweep
+from omniloom.settings import SUBMITTABLE
 
 HELP = """\
 omniloom submit: a verb as a job of a Ray cluster; it goes on when this terminal is closed

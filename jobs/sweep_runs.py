@@ -5,9 +5,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from omniloom.compose import Sweep, run_sweep
 from omniloom.errors import ConfigError
 from omniloom.overrides import absolute_paths, quoted
-from omniloom.settings import Sweep, run_sweep
 
 
 def main(sweep: Sweep) -> None:

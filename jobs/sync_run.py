@@ -1,6 +1,7 @@
 """An offline run to Weights & Biases: `omniloom sync first`."""
 
-from omniloom.settings import SyncSettings, run_job
+from omniloom.compose import run_job
+from omniloom.settings import SyncSettings
 
 
 def main(settings: SyncSettings) -> None:

@@ -1,7 +1,8 @@
 """Files to shards: `omniloom tokenize manifest=corpus.yaml corpus=corpora/mine`."""
 
 from omniloom.cluster.session import ray_session
-from omniloom.settings import TokenizeSettings, run_job
+from omniloom.compose import run_job
+from omniloom.settings import TokenizeSettings
 
 
 def main(settings: TokenizeSettings) -> None:

@@ -1,7 +1,8 @@
 """The page of a run or a sweep, runs/<run>/report.html: `omniloom report first`."""
 
+from omniloom.compose import run_job
 from omniloom.errors import ConfigError
-from omniloom.settings import ReportSettings, run_job
+from omniloom.settings import ReportSettings
 
 
 def main(settings: ReportSettings) -> None:

@@ -27,9 +27,9 @@ ARROWS = {
     "serve": {"generate"},
 }
 # Every default stands in a room's config.py, and settings composes them.
-LAST_ROW = {"settings", "overrides", "cli", "__init__", "__main__"}
+LAST_ROW = {"settings", "compose", "overrides", "cli", "__init__", "__main__"}
 FENCES = {
-    "hydra": {"settings.py", "overrides.py", "cli.py"},
+    "hydra": {"compose.py", "overrides.py", "cli.py"},
     "ray": {"cluster/", "serve/", "data/", "posttrain/", "evaluation/"},
     "deepspeed": {"train/engine.py"},
     "wandb": {"track/wandb_tracker.py"},

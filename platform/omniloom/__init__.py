@@ -21,7 +21,7 @@ def load(path: str | Path) -> "Model":
 
 def evaluate(model: "Model", tasks: list[str], **options: Any) -> dict[str, dict[str, Any]]:
     """Score a loaded model on lm-eval tasks, in this process; results by task, as evals/<task>.json has them."""
+    from omniloom.compose import resource_folder
     from omniloom.evaluation.harness import evaluate as evaluate_here
-    from omniloom.settings import resource_folder
 
     return evaluate_here(model, tasks, resource_folder("evals"), **options)

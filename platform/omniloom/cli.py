@@ -78,7 +78,7 @@ tracebacks to errors. A run lives in runs/<run>/; repeating a command resumes it
 
 def run_verb(verb: str, words: list[str]) -> None:
     """Run a verb's job in this process, as `python jobs/<file> key=value…` would."""
-    from omniloom.settings import resource_folder
+    from omniloom.compose import resource_folder
 
     known = VERBS[verb]
     sys.argv = [f"omniloom {verb}", *known.sets, *_as_overrides(verb, known.words, words)]
