@@ -18,6 +18,7 @@ SPARSE = {"attention_pattern": "sparse", "window_tokens": 5, "global_stride": 2,
 DENSE = {"n_routed_experts": 0, "activation": "gelu", "mlp_bias": True, "attention_bias": True, "norm": "layer"}
 GROUPS = {"n_group": 3, "topk_group": 2, "n_shared_experts": 0}
 BOTH_WAYS = {"media_bidirectional": True}
+YARN = {"yarn_factor": 4.0, "yarn_original_tokens": 16}
 KINDS = {
     "latent": {},
     "options": OPTIONS,
@@ -32,7 +33,6 @@ KINDS = {
     "grouped sparse both ways": GROUPED | SPARSE | BOTH_WAYS | {"partial_rotary_factor": 0.5, "head_dim": 12},
     "grouped linear": GROUPED | OPTIONS | {"attention_pattern": "linear", "norm_position": "post"},
 }
-ONE_WAY = {name: kind for name, kind in KINDS.items() if "both ways" not in name}
 WITHOUT_IMAGE = {"image_patch_pixels": None}
 WITHOUT_AUDIO = {"audio_mels": None}
 WITHOUT_VIDEO = {"video_patch_pixels": None}
@@ -308,6 +308,16 @@ def test_the_default_configuration_passes_its_own_check():
             {"yarn_factor": 4.0, "yarn_original_tokens": 8},
             ["model.max_position_embeddings=64", "model.yarn_factor=4.0", "model.yarn_original_tokens=8", "32"],
         ),
+        ({"norm_eps": -1.0}, ["model.norm_eps=-1.0", "above 0"]),
+        ({"norm_eps": math.nan}, ["model.norm_eps=nan", "above 0"]),
+        ({"rope_theta": math.inf}, ["model.rope_theta=inf", "above 0"]),
+        ({"initializer_range": 0.0}, ["model.initializer_range=0.0", "above 0"]),
+        ({"rope_theta": 1.0} | YARN, ["model.rope_theta=1.0", "over 1"]),
+        (YARN | {"yarn_beta_fast": 1.0}, ["model.yarn_beta_fast=1.0", "model.yarn_beta_slow=1.0"]),
+        (YARN | {"yarn_beta_slow": -1.0}, ["model.yarn_beta_slow=-1.0", "above 0"]),
+        (GROUPED | YARN | {"position": "learned"}, ["model.yarn_factor=4.0", "model.position=rope", "learned"]),
+        ({"head_dim": 8}, ["model.head_dim=8", "model.attention=grouped"]),
+        ({"num_key_value_heads": 1}, ["model.num_key_value_heads=1", "model.attention=grouped"]),
         (GROUPED | {"yarn_mscale_all_dim": 1.0}, ["model.yarn_mscale_all_dim=1.0", "model.attention=grouped"]),
         ({"position": "learned"}, ["model.position=learned", "rope"]),
         ({"attention_bias": True}, ["model.attention_bias"]),
@@ -341,6 +351,42 @@ def test_a_document_longer_than_the_context_is_refused_with_both_numbers():
     assert all_logits(decoder, text_fields(torch.arange(10, 18)[None], decoder.config)).shape[1] == 8
     with pytest.raises(ConfigError, match=r"9 tokens.*model\.max_position_embeddings=8"):
         all_logits(decoder, text_fields(torch.arange(10, 19)[None], decoder.config))
+
+
+@torch.no_grad()
+def test_padding_does_not_count_as_context():
+    decoder = tiny_decoder(attention="grouped", position="learned", max_position_embeddings=8)
+    fields = text_fields(torch.arange(10, 40)[None], decoder.config)
+    fields["document"] = torch.tensor([[0] * 8 + [-1] * 22])
+    alone = text_fields(torch.arange(10, 18)[None], decoder.config)
+    torch.testing.assert_close(all_logits(decoder, fields)[:, :8], all_logits(decoder, alone), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_more_tokens_ahead_than_there_are_modules_are_refused():
+    decoder = tiny_decoder(num_nextn_predict_layers=1)
+    fields = text_fields(torch.arange(10, 18)[None], decoder.config)
+    nowhere = torch.zeros_like(fields["document"], dtype=torch.bool)
+    with pytest.raises(ConfigError, match=r"2 more tokens .* model\.num_nextn_predict_layers=1"):
+        decoder(**fields, predict_ahead_at=[nowhere, nowhere])
+
+
+@pytest.mark.parametrize("pattern", [{}, SPARSE], ids=["full", "sparse"])
+@torch.no_grad()
+def test_both_ways_shows_no_text_to_what_predicts_it(pattern):
+    """Each token of text after a picture in turn: nothing that predicts it, or comes before that, may move."""
+    decoder = tiny_decoder(media_bidirectional=True, num_nextn_predict_layers=2, **pattern)
+    fields = batch_of(
+        [[document(text([9, 10]), picture(2, 2, seed=1), text([11, 12]), film(2, 1, 2, seed=2), text([13]))]], 15
+    )
+    before = everything(decoder, fields)
+    for at in (fields["modality"][0] == 0).nonzero().flatten().tolist():
+        changed = fields["input_ids"].clone()
+        changed[0, at] = 50
+        after = everything(decoder, fields | {"input_ids": changed})
+        for ahead, (old, new) in enumerate(zip(before, after, strict=True)):
+            moved = (new - old).abs().amax(dim=-1)[0]
+            assert not (moved[: max(at - ahead, 0)] > 1e-5).any(), (at, ahead)
 
 
 @pytest.mark.parametrize("pattern", [{}, SPARSE], ids=["full", "sparse"])

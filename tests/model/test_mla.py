@@ -7,6 +7,7 @@ import torch
 from tiny_decoders import enliven, text_places, tiny_config
 from torch import Tensor
 
+from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.mla import LatentAttention
 
@@ -43,7 +44,7 @@ def literal_attention(
         config.v_head_dim,
         config.num_attention_heads,
     )
-    index = [sum(document[s] == document[t] for s in range(t)) for t in range(len(document))]
+    index = [sum(document[s] == document[t] >= 0 for s in range(t)) for t in range(len(document))]
     queries, keys, values = [], [], []
     for t, h in enumerate(hidden):
         if config.q_lora_rank is None:
@@ -92,11 +93,19 @@ def test_latent_attention_equals_a_literal_loop_on_packed_rows(q_lora_rank, v_he
 
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("q_lora_rank", [None, 10])
-@pytest.mark.parametrize("yarn", [{}, {"yarn_factor": 4.0, "yarn_original_tokens": 16, "yarn_mscale_all_dim": 1.0}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"yarn_factor": 4.0, "yarn_original_tokens": 16, "yarn_mscale_all_dim": 1.0},
+        {"attention_pattern": "sparse", "window_tokens": 3, "global_stride": 2, "max_global_tokens": 2},
+    ],
+    ids=["full", "yarn", "sparse"],
+)
 @torch.no_grad()
-def test_the_absorbed_form_equals_the_training_form(yarn, q_lora_rank, interleave):
+def test_the_absorbed_form_equals_the_training_form(more, q_lora_rank, interleave):
     """A prompt of 7 at once, one token at a time, three at once: each answer as in one pass over all."""
-    config = tiny_config(q_lora_rank=q_lora_rank, rope_interleave=interleave, attention_log_scale_tokens=16, **yarn)
+    config = tiny_config(q_lora_rank=q_lora_rank, rope_interleave=interleave, attention_log_scale_tokens=16, **more)
     module = LatentAttention(config)
     enliven(module)
     hidden = torch.randn(2, 13, config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -109,3 +118,11 @@ def test_the_absorbed_form_equals_the_training_form(yarn, q_lora_rank, interleav
         here = places._replace(rope=places.rope[:, begin:end], query_scale_BT=places.query_scale_BT[:, begin:end])
         out = module.absorbed(hidden[:, begin:end], latent[:, :end], key_rope[:, :end], here)
         torch.testing.assert_close(out, expected[:, begin:end], atol=2e-5, rtol=1e-5)
+
+
+def test_linear_attention_has_no_absorbed_form():
+    config = tiny_config(attention_pattern="linear")
+    module, places = LatentAttention(config), text_places(torch.zeros(1, 3, dtype=torch.long), config)
+    hidden = torch.zeros(1, 3, config.hidden_size)
+    with pytest.raises(ConfigError, match=r"model\.attention_pattern=linear"):
+        module.absorbed(hidden, *module.compress(hidden, places), places)

@@ -72,6 +72,7 @@ def test_the_junction_equals_equation_21():
 def test_tokens_ahead_equal_a_loop(ahead):
     embedded = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(1))
     out = tokens_ahead(embedded, torch.tensor(DOCUMENTS), ahead)
+    assert out.shape == embedded.shape
     for b, row in enumerate(DOCUMENTS):
         for t in range(12):
             exists = t + ahead < 12 and row[t + ahead] == row[t]

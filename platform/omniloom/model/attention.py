@@ -116,14 +116,16 @@ def attend_linearly(query_nHd: Tensor, key_nKd: Tensor, value_nKv: Tensor) -> Te
         x = x.repeat_interleave(heads // x.shape[1], dim=1)
         return F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, CHUNK_TOKENS))
 
-    query, key = (chunks(F.elu(x.float()) + 1) for x in (query_nHd, key_nKd))
-    value = chunks(F.pad(value_nKv.float(), (0, 1), value=1.0))  # the last column sums the weights
-    states = torch.einsum("cshd,cshv->chdv", key, value)
-    before = states.cumsum(0) - states
-    weights = torch.einsum("cthd,cshd->chts", query, key).tril()
-    out = torch.einsum("chts,cshv->cthv", weights, value) + torch.einsum("cthd,chdv->cthv", query, before)
+    with torch.autocast(query_nHd.device.type, enabled=False):
+        query, key = (chunks(F.elu(x.float()) + 1) for x in (query_nHd, key_nKd))
+        value = chunks(F.pad(value_nKv.float(), (0, 1), value=1.0))  # the last column sums the weights
+        states = torch.einsum("cshd,cshv->chdv", key, value)
+        before = states.cumsum(0) - states
+        weights = torch.einsum("cthd,cshd->chts", query, key).tril()
+        out = torch.einsum("chts,cshv->cthv", weights, value) + torch.einsum("cthd,chdv->cthv", query, before)
     out = out.flatten(0, 1)[:tokens]  # before dividing: what was padded has no weights
-    return (out[..., :-1] / out[..., -1:]).to(value_nKv.dtype)
+    least = torch.finfo(torch.float32).tiny  # φ is above 0, until it underflows
+    return (out[..., :-1] / out[..., -1:].clamp(min=least)).to(value_nKv.dtype)
 
 
 def modality_mass(

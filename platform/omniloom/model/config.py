@@ -1,5 +1,6 @@
 """Sizes of the decoder and the rules they obey; names as Hugging Face writes them. Imports nothing heavy."""
 
+import math
 from dataclasses import dataclass
 
 from omniloom.errors import ConfigError, refuse_unless_one_of
@@ -130,6 +131,8 @@ class ModelConfig:
             least = 0 if name in MAY_BE_ZERO else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise ConfigError(f"a size must be at least {least}: model.{name}={value}")
+            if isinstance(value, float) and name != "dropout" and not 0.0 < value < math.inf:
+                raise ConfigError(f"model.{name}={value} must be a number above 0")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout={self.dropout} must lie in [0, 1)")
         self._check_positions()
@@ -149,6 +152,11 @@ class ModelConfig:
                 else f"model.head_dim={self.head_width} × model.partial_rotary_factor={self.partial_rotary_factor}"
             )
             raise ConfigError(f"RoPE turns pairs: {where} must be even")
+        if self.position != "rope" and self.yarn_factor is not None:
+            raise ConfigError(
+                f"YaRN stretches RoPE: model.yarn_factor={self.yarn_factor} needs model.position=rope, "
+                f"it is {self.position}"
+            )
         if (self.yarn_factor is None) != (self.yarn_original_tokens is None):
             raise ConfigError(
                 f"YaRN stretches a context: model.yarn_factor={self.yarn_factor} and model.yarn_original_tokens="
@@ -157,6 +165,15 @@ class ModelConfig:
         if self.yarn_factor is not None and self.yarn_original_tokens is not None:
             if self.yarn_factor < 1.0:
                 raise ConfigError(f"model.yarn_factor={self.yarn_factor} must be at least 1")
+            if self.rope_theta <= 1.0:
+                raise ConfigError(
+                    f"YaRN needs slower and slower pairs: model.rope_theta={self.rope_theta} must be over 1"
+                )
+            if self.yarn_beta_fast <= self.yarn_beta_slow:
+                raise ConfigError(
+                    f"model.yarn_beta_fast={self.yarn_beta_fast} must be over "
+                    f"model.yarn_beta_slow={self.yarn_beta_slow}"
+                )
             stretched = self.yarn_factor * self.yarn_original_tokens
             if self.max_position_embeddings > stretched:
                 raise ConfigError(
@@ -176,6 +193,12 @@ class ModelConfig:
         if self.attention == "latent":
             if self.attention_bias:
                 raise ConfigError("latent attention has no biases: set model.attention_bias=false")
+            for name, default in (("head_dim", None), ("num_key_value_heads", None), ("partial_rotary_factor", 1.0)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"model.{name}={getattr(self, name)} is grouped attention's; latent attention has widths of "
+                        "its own: unset it, or set model.attention=grouped"
+                    )
             if self.position != "rope":
                 raise ConfigError(
                     f"latent attention has a rotary key of its own: model.position={self.position} must be rope"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniloom.errors import ConfigError
 from omniloom.model.attention import GroupedAttention, modality_mass
 from omniloom.model.config import ModelConfig
 from omniloom.model.embedding import MediaEncoders
@@ -17,7 +18,7 @@ from omniloom.model.layers import MLP, LocalConvolution, SwiGLU, initialise, nor
 from omniloom.model.mla import LatentAttention
 from omniloom.model.moe import MixtureOfExperts, RouterOutput
 from omniloom.model.mtp import Junction, tokens_ahead
-from omniloom.model.position import Places, axial_encoding, find_places, running_index
+from omniloom.model.position import Places, axial_encoding, find_places
 
 
 class Output(NamedTuple):
@@ -122,22 +123,27 @@ class Decoder(nn.Module):
         `predict_at`, bool (B, T), is set: (M, V) in row-major order of those positions; `predict_ahead_at` holds one
         such mask for each multi-token-prediction module to run.
         """
+        if len(predict_ahead_at) > len(self.mtp):
+            raise ConfigError(
+                f"{len(predict_ahead_at)} more tokens are asked for, model.num_nextn_predict_layers={len(self.mtp)}"
+            )
         places = find_places(document, modality, position, self.config)
-        index_BT = running_index(document)
         embedded_BTD = self.embed_tokens(input_ids)
         embedded_BTD = self.media(embedded_BTD, modality, position, image, audio, audio_frames, video)
         if self.embed_convolution is not None:
-            embedded_BTD = self.embed_convolution(embedded_BTD, index_BT)
-        hidden_BTD, routers = self._add_positions(embedded_BTD, index_BT), []
+            embedded_BTD = self.embed_convolution(embedded_BTD, places.index_BT)
+        hidden_BTD, routers = self._add_positions(embedded_BTD, places.index_BT), []
         for layer in self.layers:
             hidden_BTD, router = layer(hidden_BTD, places)
             routers.append(router)
         hidden_BTD = self.norm(hidden_BTD)
         logits_MV = None if predict_at is None else self.lm_head(hidden_BTD[predict_at])
 
+        # One way only: a picture's last token already carries the embedding of the text that follows it.
+        places = places._replace(spans=[[]] * len(places.lengths))
         ahead_BTD, mtp = hidden_BTD, []
-        for depth, (module, at_BT) in enumerate(zip(self.mtp, predict_ahead_at), start=1):  # noqa: B905 (asked ones)
-            ahead_BTD, router = module(ahead_BTD, tokens_ahead(embedded_BTD, document, depth), places)
+        for depth, at_BT in enumerate(predict_ahead_at, start=1):
+            ahead_BTD, router = self.mtp[depth - 1](ahead_BTD, tokens_ahead(embedded_BTD, document, depth), places)
             mtp.append(self.lm_head(ahead_BTD[at_BT]))
             routers.append(router)
         return Output(hidden_BTD, logits_MV, tuple(mtp), tuple(router for router in routers if router is not None))
@@ -146,8 +152,9 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             return embedded_BTD + self.embed_positions(index_BT)
         if self.config.position == "sinusoidal":
-            encoding = axial_encoding(index_BT.reshape(-1, 1), self.config.hidden_size)
-            return embedded_BTD + encoding.view_as(embedded_BTD).to(embedded_BTD.dtype)
+            width = self.config.hidden_size  # embeddings grow to what the encoding is: Vaswani et al. 2017, section 3.4
+            encoding = axial_encoding(index_BT.reshape(-1, 1), width).view_as(embedded_BTD)
+            return embedded_BTD * width**0.5 + encoding.to(embedded_BTD.dtype)
         return embedded_BTD
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniloom.model.config import ModelConfig
+from omniloom.model.layers import RMSNorm
 from omniloom.model.position import axial_encoding
 
 IMAGE, AUDIO, VIDEO = 1, 2, 3  # ids of the modalities in the unified sequence
@@ -31,7 +32,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.axes = axes
         self.patch_proj = nn.Linear(patch_pixels**2 * 3, config.hidden_size, bias=False)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.scale = MEDIA_SCALE
 
     def forward(self, patch_NP: Tensor, position_N3: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class AudioEncoder(nn.Module):
         width, layers = config.hidden_size, int(math.log2(config.audio_frames_per_token))
         channels = [mels, *[width] * (layers - 1)]
         self.convolutions = nn.ModuleList(StridedConvolution(c, width) for c in channels)
-        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=config.norm_eps) for _ in channels)
+        self.norms = nn.ModuleList(RMSNorm(width, eps=config.norm_eps) for _ in channels)
         self.scale = MEDIA_SCALE
 
     def forward(self, frames_FM: Tensor, lengths: Tensor, position_N3: Tensor) -> Tensor:

@@ -20,10 +20,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class RMSNorm(nn.RMSNorm):
+    """g · x / √(mean x² + ε) (Zhang and Sennrich 2019, eq. 4); float32 gains, as under autocast, read x in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def norm(config: ModelConfig) -> nn.Module:
-    """RMSNorm, g · x / √(mean x² + ε) (Zhang and Sennrich 2019, eq. 4), or LayerNorm, g · (x − mean) / √(var + ε) + b
-    (Ba et al. 2016, eq. 4), over the model's width."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    """RMSNorm, or LayerNorm, g · (x − mean) / √(var + ε) + b (Ba et al. 2016, eq. 4), over the model's width."""
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.norm_eps)
 
 

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniloom.errors import ConfigError
 from omniloom.model.attention import attend, scaled
 from omniloom.model.config import ModelConfig
+from omniloom.model.layers import RMSNorm
 from omniloom.model.position import Places, apply_rope, yarn_mscale
+from omniloom.model.sparse_attention import visible_keys
 
 
 class LatentAttention(nn.Module):
@@ -34,10 +37,10 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(width, query_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(width, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=config.norm_eps)
+        self.kv_a_layernorm = RMSNorm(self.latent, eps=config.norm_eps)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=False)
         self.scale = (self.nope + self.rope) ** -0.5
@@ -68,8 +71,12 @@ class LatentAttention(nn.Module):
         """The decode form: the last T of S cached tokens ask; W_UK is absorbed into the queries, W_UV into the output.
 
         q_C·(W_UK c) = (W_UKᵀ q_C)·c and Σ p W_UV c = W_UV Σ p c: attention with one head of keys, the cache itself.
-        Each row is one document; `places` are the T tokens'. (B, T, D) → (B, T, D).
+        Each row is one document; `places` are the T tokens'. Full or sparse; raises ConfigError for linear attention,
+        which keeps a state instead of a cache. (B, T, D) → (B, T, D).
         """
+        config = self.config
+        if config.attention_pattern == "linear":
+            raise ConfigError("model.attention_pattern=linear has no absorbed form: it is full or sparse attention's")
         up_key_HnC, up_value_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
             [self.nope, self.value], dim=1
         )
@@ -79,7 +86,11 @@ class LatentAttention(nn.Module):
         key = torch.cat([latent_BSC, key_rope_BSR], dim=-1)[:, None]
         value = F.pad(latent_BSC, (0, self.rope))[:, None]  # as wide as the keys, for the kernel
         asking, cached = hidden_BTD.shape[1], latent_BSC.shape[1]
-        visible_TS = torch.ones(asking, cached, dtype=torch.bool, device=key.device).tril(cached - asking)
+        key_S = torch.arange(cached, device=key.device)
+        window = config.window_tokens if config.attention_pattern == "sparse" else cached
+        visible_TS = visible_keys(
+            key_S[cached - asking :], key_S, window, config.global_stride, config.max_global_tokens
+        )
         read = F.scaled_dot_product_attention(query, key, value, visible_TS, scale=self.scale, enable_gqa=True)
         read_BTHC = read[..., : self.latent].transpose(1, 2)
         return self.o_proj(torch.einsum("bthc,hvc->bthv", read_BTHC, up_value_HvC.to(read.dtype)).flatten(-2))

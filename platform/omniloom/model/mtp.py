@@ -30,6 +30,7 @@ class Junction(nn.Module):
 
 def tokens_ahead(embedded_BTD: Tensor, document_BT: Tensor, ahead: int) -> Tensor:
     """The embedding `ahead` tokens on in the same document, zero where there is none; (B, T, D)."""
+    ahead = min(ahead, embedded_BTD.shape[1])
     shifted_BTD = F.pad(embedded_BTD[:, ahead:], (0, 0, 0, ahead))
     same_BT = F.pad(document_BT[:, ahead:] == document_BT[:, :-ahead], (0, ahead))
     return shifted_BTD * same_BT[..., None]

@@ -19,6 +19,7 @@ Span = tuple[int, int]  # first token and one past the last, within a document
 class Places(NamedTuple):
     """What every layer must know of the tokens' places in packed rows."""
 
+    index_BT: Tensor  # int64, of each token in its own document; 0 in padding
     lengths: list[int]  # of the documents, row after row; padding counts as one
     spans: list[list[Span]]  # of each document: its pictures and frames, whose tokens see each other both ways
     rope: Tensor | None  # complex64 (B, T, 1, R/2)
@@ -28,15 +29,16 @@ class Places(NamedTuple):
 
 def find_places(document_BT: Tensor, modality_BT: Tensor, position_BT3: Tensor, config: ModelConfig) -> Places:
     """Read the places off the fields of packed rows; raises ConfigError where a document is over the context."""
-    lengths = document_lengths(document_BT)
-    if max(lengths, default=0) > config.max_position_embeddings:
+    index_BT = running_index(document_BT).where(document_BT >= 0, 0)
+    longest = int(index_BT.max()) + 1
+    if longest > config.max_position_embeddings:
         raise ConfigError(
-            f"a document of {max(lengths):,} tokens is over the model's context: model.max_position_embeddings="
+            f"a document of {longest:,} tokens is over the model's context: model.max_position_embeddings="
             f"{config.max_position_embeddings:,}"
         )
-    index_BT = running_index(document_BT)
-    scale_tokens = config.attention_log_scale_tokens
+    lengths, scale_tokens = document_lengths(document_BT), config.attention_log_scale_tokens
     return Places(
+        index_BT=index_BT,
         lengths=lengths,
         spans=picture_spans(document_BT, modality_BT, position_BT3)
         if config.media_bidirectional

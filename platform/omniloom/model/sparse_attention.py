@@ -7,10 +7,11 @@ W tokens of a block (the window), S keys that a block may see.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from omniloom.model.position import Span
 
-MASK_NUMBERS = 1 << 24  # at a time, so that memory stays bounded whatever the length
+MASK_NUMBERS = 1 << 24  # at a time, so that what is gathered stays bounded whatever the length
 
 
 def strides_at(index_n: Tensor, global_stride: int, max_global_tokens: int) -> Tensor:
@@ -19,6 +20,15 @@ def strides_at(index_n: Tensor, global_stride: int, max_global_tokens: int) -> T
     over_n = index_n // (global_stride * max_global_tokens)
     doublings_n = torch.frexp(over_n.double()).exponent  # the bits of an integer
     return global_stride * (1 << doublings_n.long())
+
+
+def visible_keys(
+    query_T: Tensor, key_S: Tensor, window_tokens: int, global_stride: int, max_global_tokens: int
+) -> Tensor:
+    """Which query index sees which key index of one document, bool (T, S): the whole rule, for decoding."""
+    query_T1, stride_T1 = query_T[:, None], strides_at(query_T, global_stride, max_global_tokens)[:, None]
+    near = key_S > query_T1 - window_tokens
+    return (key_S <= query_T1) & (near | (key_S % stride_T1 == 0))
 
 
 def attend_sparsely(
@@ -35,8 +45,8 @@ def attend_sparsely(
 
     Query t sees j where t − window < j ≤ t (≤ the end of t's span, a picture or frame), or j ≤ t − window and j is a
     multiple of the stride at t (`strides_at`): the rule is causal and the same in training, prefill and decoding, and
-    costs n · (window + max_global_tokens). Blocks of a window's queries gather the keys that any of them sees; no n × n
-    mask exists. Ours: the cap counts multiples from 0 to t, those inside the window too.
+    costs n · (window + max_global_tokens). Blocks of a window's queries gather the keys that any of them sees, again in
+    the backward pass; no n × n mask exists. Ours: the cap counts multiples from 0 to t, those inside the window too.
     """
     tokens, window = len(query_nHd), window_tokens
     reach_n = torch.arange(tokens, device=query_nHd.device)
@@ -48,23 +58,38 @@ def attend_sparsely(
 
     blocks = -(-tokens // window)
     at_once = max(1, MASK_NUMBERS // (window * (2 * window + ahead + max_global_tokens)))
-    out = []
-    for first in range(0, blocks, at_once):
-        block_C = torch.arange(first, min(first + at_once, blocks), device=query_nHd.device)
+
+    def attend_blocks(
+        block_C: Tensor, globals_seen: int, query_nHd: Tensor, key_nKd: Tensor, value_nKv: Tensor
+    ) -> Tensor:
         # Past the end the last query is asked again, and its answers are cut off.
         query_CW = (block_C[:, None] * window + torch.arange(window, device=block_C.device)).clamp(max=tokens - 1)
-        key_CS, visible_CWS = _keys_of(query_CW, reach_n, ahead, window, global_stride, max_global_tokens)
+        key_CS, visible_CWS = _keys_of(query_CW, reach_n, ahead, globals_seen, window, global_stride, max_global_tokens)
         query, key, value = (x.transpose(1, 2) for x in (query_nHd[query_CW], key_nKd[key_CS], value_nKv[key_CS]))
         grouped = query.shape[1] != key.shape[1]
         seen = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible_CWS[:, None], scale=scale, enable_gqa=grouped
         )
-        out.append(seen.transpose(1, 2).flatten(0, 1))
+        return seen.transpose(1, 2).flatten(0, 1)
+
+    out = []
+    for first in range(0, blocks, at_once):
+        number = range(first, min(first + at_once, blocks))
+        most = max(_globals_before(b * window, global_stride, max_global_tokens) for b in number)
+        block_C = torch.tensor(number, device=query_nHd.device)
+        inputs = (block_C, most, query_nHd, key_nKd, value_nKv)
+        out.append(checkpoint(attend_blocks, *inputs, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(out)[:tokens, :, :width]
 
 
+def _globals_before(index: int, global_stride: int, max_global_tokens: int) -> int:
+    """How many multiples of the stride at `index` lie before it."""
+    stride = global_stride << (index // (global_stride * max_global_tokens)).bit_length()
+    return -(-index // stride)
+
+
 def _keys_of(
-    query_CW: Tensor, reach_n: Tensor, ahead: int, window: int, global_stride: int, most: int
+    query_CW: Tensor, reach_n: Tensor, ahead: int, globals_seen: int, window: int, global_stride: int, most: int
 ) -> tuple[Tensor, Tensor]:
     """Indices of the keys that each block gathers (C, S), and which query sees which of them (C, W, S)."""
     begin_C1 = query_CW[:, :1]
@@ -72,8 +97,7 @@ def _keys_of(
     local_CS = begin_C1 - window + 1 + torch.arange(2 * window - 1 + ahead, device=device)
     # The finest stride of the block's queries is its first one's: the others see multiples of it.
     finest_C1 = strides_at(begin_C1, global_stride, most)
-    count = int(torch.div(begin_C1 - 1, finest_C1, rounding_mode="floor").max()) + 1
-    global_CS = torch.arange(count, device=device) * finest_C1
+    global_CS = torch.arange(globals_seen, device=device) * finest_C1
 
     query_CW1 = query_CW[..., None]
     local_C1S, global_C1S = local_CS[:, None], global_CS[:, None]
