@@ -214,6 +214,24 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path, theirs, changes,
             load_model(theirs)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
+def test_a_config_of_more_parts_than_there_are_tensors_is_refused_at_once(tmp_path, key):
+    saved(tmp_path / "ours", case("mixtral"))
+    exported(tmp_path / "ours", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {key: 50_000_000}))
+    with pytest.raises(CheckpointError, match=r"=50000000 has \d+ tensors"):
+        load_model(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_a_malformed_generation_config_is_refused(tmp_path, theirs, content):
+    (theirs / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is malformed"):
+        imported(theirs, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_truncated_weights_are_refused_and_leave_nothing(tmp_path, theirs):
     path = theirs / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -280,7 +298,7 @@ def test_a_folder_that_holds_something_is_replaced_only_by_force_and_only_a_mode
     exported(ours, tmp_path / "theirs")
     with pytest.raises(ConfigError, match="exists: name another folder, or set force=true"):
         exported(ours, tmp_path / "theirs")
-    (tmp_path / "theirs" / "old").write_text("")
+    (tmp_path / "theirs" / "merges.txt").write_text("")
     again = {"special": {}, "dtype": None, "max_shard_bytes": 1 << 30, "force": True}
 
     export_model(ours, tmp_path / "theirs", **again)
@@ -289,12 +307,19 @@ def test_a_folder_that_holds_something_is_replaced_only_by_force_and_only_a_mode
     exported(ours, tmp_path / "empty")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("")
-    with pytest.raises(ConfigError, match="is no model folder, so force=true does not replace it"):
-        export_model(ours, tmp_path / "photos", **again)
-    assert files_of(tmp_path / "photos") == {"cat.png"}
+    for beside in ("cat.png", "config.json"):
+        (tmp_path / "photos" / beside).write_text("{}")
+        with pytest.raises(ConfigError, match=r"is no model folder that force=true replaces \(it holds cat\.png\)"):
+            export_model(ours, tmp_path / "photos", **again)
+    assert files_of(tmp_path / "photos") == {"cat.png", "config.json"}
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "COMPLETE").write_text("{}")
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="or is a checkpoint's"):
+        export_model(ours, tmp_path / "run" / "model", **again)
     with pytest.raises(ConfigError, match="is where the model comes from"):
         export_model(ours, ours, **again)
-    assert files_of(tmp_path) == {"ours", "theirs", "empty", "photos"}
+    assert files_of(tmp_path) == {"ours", "theirs", "empty", "photos", "run"}
 
 
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path, ours, monkeypatch):

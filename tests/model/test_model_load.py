@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_decoders import all_logits, batch_of, document, picture, text, tiny_decoder
 
-from omniloom.errors import CheckpointError
+from omniloom.errors import CheckpointError, DataError
 from omniloom.modality.sequence import MEDIA_FIELDS
 from omniloom.model import load as load_module
 from omniloom.model.load import load_model, model_folder, save_model
@@ -142,7 +142,20 @@ def test_weights_of_another_shape_or_name_are_refused(saved):
         load_model(saved)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"hidden_size": "wide"}', "[]"])
+def test_an_unknown_key_of_a_config_is_refused_with_the_nearest(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"attention_patern": "linear"}))
+    with pytest.raises(CheckpointError, match="unknown key attention_patern; did you mean 'attention_pattern'"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("ids", [[], [[]], [1, 2], [[1, 61]], [[-1, 2]]], ids=str)
+def test_ids_that_are_none_are_refused(saved, ids):
+    with pytest.raises(DataError, match=r"^ids "):
+        load_model(saved)(torch.tensor(ids, dtype=torch.long))
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"hidden_size": "wide"}', "[]", "[" * 100_000])
 def test_a_config_that_is_none_is_refused(saved, content):
     (saved / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):

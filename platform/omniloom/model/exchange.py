@@ -130,7 +130,7 @@ def _write_tokenizer(
     if not (to / "tokenizer.json").is_file():
         return {}, [f"{folder} has no tokenizer.json: the export has none"]
     if "generation_config.json" in copied:
-        ids = json.loads((to / "generation_config.json").read_bytes())
+        ids = _generation_config(to)
         return {name: ids[name] for name in ("bos_token_id", "eos_token_id") if ids.get(name) is not None}, []
     if "tokenizer_config.json" in copied:  # somebody's, unchanged
         return {}, []
@@ -158,6 +158,16 @@ def write_tokenizer_config(to: Path, special: Mapping[str, str], ids: Mapping[st
     }
     (to / "tokenizer_config.json").write_text(json.dumps(told, indent=2))
     (to / "generation_config.json").write_text(json.dumps(dict(ids), indent=2))
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "generation_config.json").read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'generation_config.json'} is malformed: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / 'generation_config.json'} is malformed: it is no mapping")
+    return content
 
 
 def _copy_tokenizer(folder: Path, to: Path) -> list[str]:
@@ -214,7 +224,8 @@ def _filled(name: str, shape: tuple[int, ...], dtype: torch.dtype, weights: Sour
 def _bring_tokenizer(source: Path, to: Path, tokenizer: Path | None, config: ModelConfig) -> list[str]:
     """The source's tokenizer files, unchanged, and the one that was named; ids of bos and eos go along."""
     if source.is_dir():
-        _copy_tokenizer(source, to)
+        if "generation_config.json" in _copy_tokenizer(source, to):
+            _generation_config(to)
         theirs: dict[str, Any] = read_config(source)
         ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id") if theirs.get(name) is not None}
         if ids and not (to / "generation_config.json").is_file():

@@ -312,7 +312,8 @@ def _deepseek(theirs: Mapping[str, Any]) -> dict[str, Any]:
 def _rope(theirs: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """θ and YaRN, from version 5's rope_parameters or version 4's rope_theta and rope_scaling."""
     rope: dict[str, Any] = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or theirs.get("rope_theta") or ROPE_THETA[kind]
+    told = (rope.pop("rope_theta", None), theirs.get("rope_theta"), ROPE_THETA[kind])
+    theta = next(value for value in told if value is not None)
     old, new = rope.pop("type", None), rope.pop("rope_type", None)
     for share in (theirs.get("partial_rotary_factor"), rope.pop("partial_rotary_factor", None)):
         if share not in (None, 1.0):

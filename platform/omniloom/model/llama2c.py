@@ -47,7 +47,10 @@ class Llama2cWeights:
         try:
             self.config.check()
         except (ConfigError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{path} is no model of llama2.c: {error}") from error
+            raise CheckpointError(
+                f"{path} is no .bin of llama2.c's, the one file that is read alone (a Hugging Face model is named by "
+                f"its folder): {error}"
+            ) from error
         arrays = list(self._arrays())
         size = HEADER.size + 4 * sum(math.prod(shape) for _, shape in arrays)
         if path.stat().st_size != size:

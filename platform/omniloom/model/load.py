@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from omniloom.errors import CheckpointError, ConfigError, did_you_mean
+from omniloom.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder, text_fields
 from omniloom.model.hf import KINDS, HuggingFaceWeights, Shapes
@@ -32,9 +32,14 @@ class Model(nn.Module):
         return self.decoder.config
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of plain text ids (B, T), each row one document."""
-        fields = text_fields(input_ids, self.config)
-        output = self.decoder(**fields, predict_at=torch.ones_like(input_ids, dtype=torch.bool))
+        """Logits (B, T, V) of plain text ids (B, T), each row one document; raises DataError on other ids."""
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise DataError(f"ids are (B, T), at least one of each: these are {tuple(input_ids.shape)}")
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise DataError(f"ids lie between 0 and {self.config.vocab_size - 1}, these between {low} and {high}")
+        inputs = text_fields(input_ids, self.config)
+        output = self.decoder(**inputs, predict_at=torch.ones_like(input_ids, dtype=torch.bool))
         return output.logits.unflatten(0, input_ids.shape)
 
 
@@ -106,13 +111,24 @@ def open_weights(folder: Path) -> tuple[ModelConfig, Source]:
         return _open_hugging_face(folder, theirs)
     config = own_config(folder)
     weights = OwnWeights(folder)
+    if config.num_hidden_layers > len(weights.names):
+        raise CheckpointError(
+            f"{folder}: its weights are not its config.json's: model.num_hidden_layers={config.num_hidden_layers} has "
+            f"{len(weights.names)} tensors"
+        )
     weights.check(shapes_of(config))
     return config, weights
 
 
 def _open_hugging_face(folder: Path, theirs: dict[str, Any]) -> tuple[ModelConfig, Source]:
     name, config = from_hugging_face(theirs, str(folder / "config.json"))
-    kind = KINDS[name]
+    kind, held = KINDS[name], len(Weights(folder).names)
+    for key in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):  # each with a tensor of its own
+        if getattr(config, key) > held:
+            raise CheckpointError(
+                f"{folder}: its weights are not its config.json's: what would be model.{key}={getattr(config, key)} "
+                f"has {held} tensors"
+            )
     ahead, first = config.num_nextn_predict_layers, kind.layers.format(i=config.num_hidden_layers)
     if ahead and not any(name.startswith(first) for name in Weights(folder).names):
         warnings.warn(
@@ -128,7 +144,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, whosever it is."""
     try:
         content = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is no model's: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder / 'config.json'} is no model's: it is no mapping")
@@ -142,8 +158,13 @@ def is_hugging_face(config: dict[str, Any]) -> bool:
 
 def own_config(folder: Path) -> ModelConfig:
     """The config of a folder of ours; raises CheckpointError."""
+    content = read_config(folder)
+    known = {field.name for field in fields(ModelConfig)}
+    if unknown := sorted(content.keys() - known):
+        near = did_you_mean(unknown[0], known)
+        raise CheckpointError(f"{folder / 'config.json'} is no model of ours: unknown key {unknown[0]}; {near}")
     try:
-        config = TypeAdapter(ModelConfig).validate_python(read_config(folder))
+        config = TypeAdapter(ModelConfig).validate_python(content)
         config.check()
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'config.json'} is no model of ours: {error.errors()[0]['msg']}") from error

@@ -1,6 +1,7 @@
 """Tensors in a folder's safetensors, one at a time: read in slices, written in shards. Nothing is ever unpickled."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from omniloom.errors import CheckpointError, ConfigError, did_you_mean
 
 INDEX = "model.safetensors.index.json"
+# What a model folder holds, ours or theirs, beside vocabularies.
+MODEL_FILES = r"model[\w-]*\.safetensors|[\w.]+\.json|merges\.txt|tokenizer\.model|chat_template\.jinja"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -92,7 +95,7 @@ def _indexed(folder: Path) -> dict[str, Path]:
         try:
             named = json.loads((folder / INDEX).read_bytes())["weight_map"]
             files = {str(file) for file in named.values()}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder / INDEX} is no index of safetensors: {error}") from error
         for file in sorted(files):
             if Path(file).name != file or not file.endswith(".safetensors"):
@@ -161,8 +164,10 @@ def new_folder(folder: Path, force: bool) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not force:
             raise ConfigError(f"to={folder} exists: name another folder, or set force=true to replace it")
-        if not (folder / "config.json").is_file() or any(path.is_dir() for path in folder.iterdir()):
-            raise ConfigError(f"to={folder} is no model folder, so force=true does not replace it: name another folder")
+        foreign = sorted(path.name for path in folder.iterdir() if not re.fullmatch(MODEL_FILES, path.name))
+        if foreign or not (folder / "config.json").is_file() or (folder.parent / "COMPLETE").exists():
+            why = f"it holds {_some(foreign)}" if foreign else "it has no config.json, or is a checkpoint's"
+            raise ConfigError(f"to={folder} is no model folder that force=true replaces ({why}): name another folder")
     place = folder.resolve()
     partial, old = (place.with_name(f".{place.name}.{state}") for state in ("partial", "replaced"))
     for left in (partial, old):  # by a killed command
@@ -175,7 +180,12 @@ def new_folder(folder: Path, force: bool) -> Iterator[Path]:
         yield partial
         if place.exists():
             place.replace(old)
-        partial.replace(place)
+        try:
+            partial.replace(place)
+        except OSError:
+            if old.exists():
+                old.replace(place)
+            raise
     finally:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
