@@ -33,7 +33,10 @@ def omniloom(*words: str, folder: Path, **environment: str) -> subprocess.Comple
         (["train", "corpus=here"], "exactly one of train.steps=None and train.tokens=None"),
         (["train", "train.steps=200"], "nothing to train on: set corpus="),
         (["train", "train.steps=200", "corpus=nowhere"], "no corpus at"),
-        (["train", "train.steps=200", "train.precision=fp8"], "train.precision=fp8 is none of fp32, bf16"),
+        (
+            ["train", "train.steps=200", "train.precision=fp4"],
+            "train.precision=fp4 is none of fp32, bf16_autocast, bf16, fp16, fp8",
+        ),
         (
             ["train", "train.steps=200", "train.global_batch_size=10", "cluster.workers=3"],
             "train.global_batch_size=10 must be a multiple of train.micro_batch_size=8 × cluster.workers=3 = 24",
