@@ -44,7 +44,7 @@ usage: omniloom VERB [key=value …]
 
   demo       the whole main job on sample data, on this machine, in minutes
   tokenize   files to shards
-  plan       what a training run would take; so far its parameters, by part
+  plan       what a training run would take; so far parameters, FLOPs and cache
   train      shards to a trained model
   evaluate   a trained model to scores, through lm-eval
   export     a model as a Hugging Face folder, for transformers and for servers

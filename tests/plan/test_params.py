@@ -213,6 +213,25 @@ def test_plan_takes_the_keys_of_train_and_prints_a_table(capsys: pytest.CaptureF
     assert "{" not in table
 
 
+def test_plan_counts_the_tokens_of_the_run_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    run_verb("plan", ["model=gpt2_small", "--json"])
+    without = json.loads(capsys.readouterr().out)
+    assert (without["document_tokens"], without["train_tokens"], without["train_flops"]) == (1_024, None, None)
+    run_verb("plan", ["model=gpt2_small", "--json", "train.steps=10", "train.global_batch_size=4", "data.seq_len=512"])
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["document_tokens"], answer["train_tokens"]) == (512, 10 * 4 * 512)
+    assert answer["train_flops_6nd"] == 6 * answer["params_active"] * 20_480
+    assert answer["train_flops"] == 3 * answer["forward_flops_per_token"] * 20_480
+    assert answer["kv_cache_bytes_per_token"] == 2 * 768 * 12 * 2
+    run_verb("plan", ["model=gpt2_small", "train.steps=10", "data.seq_len=4096"])
+    table = capsys.readouterr().out
+    assert "in documents of 1,024 tokens" in table  # no longer than its context
+    assert "FLOP over 1,310,720 tokens; 6·N·D " in table
+    with pytest.raises(SystemExit):
+        run_verb("plan", ["model=gpt2_small", "train.steps=-3"])
+    assert "train.steps=-3 must be at least 1" in capsys.readouterr().err
+
+
 def test_plan_loads_no_torch(tmp_path: Path) -> None:
     """It answers in half a second that way, of a model of any size."""
     code = "import sys; from omniloom.cli import run_verb; run_verb('plan', ['model=gpt3_175b', '--json']); "

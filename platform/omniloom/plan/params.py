@@ -20,6 +20,10 @@ class Sizes(Protocol):
     norm_position: str
     position: str
     attention: str
+    attention_pattern: str
+    window_tokens: int
+    global_stride: int
+    max_global_tokens: int
     num_attention_heads: int
     q_lora_rank: int | None
     kv_lora_rank: int
@@ -132,7 +136,7 @@ def count_parameters(sizes: Sizes) -> ParameterCount:
         "dense_feed_forward": (layers - sparse) * _dense(sizes),
         "router": sparse * _router(sizes),
         "shared_experts": sparse * sizes.n_shared_experts * _expert(sizes),
-        "norms": (2 * layers + (not is_post)) * _norm(sizes),
+        "norms": (2 * layers + (not is_post)) * norm_parameters(sizes),
     }
     routed = sparse * experts * _expert(sizes)
     chosen = routed // experts * sizes.num_experts_per_tok if routed else 0
@@ -158,7 +162,8 @@ def short(count: int) -> str:
     return str(count)
 
 
-def _norm(sizes: Sizes) -> int:
+def norm_parameters(sizes: Sizes) -> int:
+    """Of one norm over the width."""
     return sizes.hidden_size * (2 if sizes.norm == "layer" else 1)
 
 
@@ -197,7 +202,7 @@ def _mtp_module(sizes: Sizes) -> int:
     experts = sizes.n_routed_experts + sizes.n_shared_experts
     is_sparse = sizes.is_sparse(sizes.num_hidden_layers)
     feed_forward = _router(sizes) + experts * _expert(sizes) if is_sparse else _dense(sizes)
-    return 2 * sizes.hidden_size**2 + 5 * _norm(sizes) + _attention(sizes) + feed_forward
+    return 2 * sizes.hidden_size**2 + 5 * norm_parameters(sizes) + _attention(sizes) + feed_forward
 
 
 def _patches(sizes: Sizes, patch_pixels: int | None) -> int:

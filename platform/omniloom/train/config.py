@@ -41,6 +41,14 @@ class TrainConfig:
     val_rows: int = 64
     save_every: int = 500
 
+    def check(self) -> None:
+        """Raise ConfigError where a number cannot hold, whatever the rest of the run."""
+        refuse_unless_one_of("train.precision", self.precision, PRECISIONS)
+        for key in ("steps", "tokens", "global_batch_size", "micro_batch_size", "val_every", "val_rows", "save_every"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{key}={value} must be at least 1")
+
     def gradient_accumulation_steps(self, ranks: int) -> int:
         """Micro batches of one rank in one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * ranks)
@@ -111,8 +119,8 @@ class TrainingRun:
         self.model.check()
         self.data.check()
         self.track.check()
+        self.train.check()
         train = self.train
-        refuse_unless_one_of("train.precision", train.precision, PRECISIONS)
         refuse_unless_one_of("schedule.kind", self.schedule.kind, ("cosine", "warmup_stable_decay"))
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise ConfigError(f"run={self.run!r} must be a plain name: it becomes a folder under runs_dir")
@@ -120,10 +128,6 @@ class TrainingRun:
             raise ConfigError(
                 f"say how long: exactly one of train.steps={train.steps} and train.tokens={train.tokens} must be set"
             )
-        for key in ("steps", "tokens", "global_batch_size", "micro_batch_size", "val_every", "val_rows", "save_every"):
-            value = getattr(train, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"train.{key}={value} must be at least 1")
         if train.global_batch_size % (train.micro_batch_size * ranks):
             raise ConfigError(
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
