@@ -151,9 +151,9 @@ class TrainingRun:
                 f"under train.steps={self.steps}"
             )
         refuse_unless_one_of("optimizer.kind", self.optimizer.kind, ("adamw", "muon"))
-        if self.optimizer.kind == "muon" and self.parallel.zero_stage in (1, 2) and train.gradient_clipping:
+        if self.optimizer.kind == "muon" and self.parallel.zero_stage and train.gradient_clipping:
             raise ConfigError(
-                "at ZeRO 1 and 2 DeepSpeed clips Muon's orthogonal updates instead of the gradients, and nothing is "
+                "from ZeRO 1 on DeepSpeed clips Muon's orthogonal updates instead of the gradients, and nothing is "
                 f"learned: set train.gradient_clipping=0 (it is {train.gradient_clipping}), or parallel.zero_stage=0"
             )
         for key in ("decay_share", "floor"):

@@ -35,7 +35,8 @@ def deepspeed_config(run: TrainingRun, ranks: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
         "gradient_clipping": train.gradient_clipping,
-        "zero_optimization": {"stage": run.parallel.zero_stage},
+        # Muon multiplies whole matrices: at stage 3 DeepSpeed takes it only with gradients reduced whole.
+        "zero_optimization": {"stage": run.parallel.zero_stage, "reduce_scatter": run.optimizer.kind != "muon"},
         **deepspeed_sections(train.precision),
         "optimizer": deepspeed_section(run.optimizer),
         "steps_per_print": 1 << 62,  # our own tracker reports
