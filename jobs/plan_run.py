@@ -15,7 +15,7 @@ def main(settings: PlanSettings) -> None:
     counted = count_parameters(settings.model)
     document_tokens = min(settings.data.seq_len, settings.model.max_position_embeddings)
     is_known = settings.train.steps is not None or settings.train.tokens is not None
-    tokens = settings.steps * settings.train.global_batch_size * settings.data.seq_len if is_known else None
+    tokens = settings.steps * settings.tokens_per_step if is_known else None
     costs = count_costs(settings.model, document_tokens, tokens)
     if settings.json:
         print(json.dumps(counted.as_dict() | costs.as_dict()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from omniloom.errors import ConfigError, DataError
 from omniloom.modality.text import TextTokenizer, load_tokenizer
-from omniloom.model.load import open_weights
+from omniloom.model.load import config_of
 
 KEYS = "apple bread chair river stone table window garden"
 
@@ -61,7 +61,7 @@ def needle_items(texts: list[str], model: Path, grid: Grid) -> list[dict[str, An
     """
     grid.check()
     tokenizer = load_tokenizer(model / "tokenizer.json", may_be_foreign=True)
-    context = open_weights(model)[0].max_position_embeddings
+    context = config_of(model).max_position_embeddings
     lengths = grid.lengths or [2**power for power in range(6, 31) if 2**power <= context]
     for length in lengths:
         if length > context:

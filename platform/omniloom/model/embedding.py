@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from omniloom.model.config import ModelConfig
 from omniloom.model.layers import RMSNorm
-from omniloom.model.position import axial_encoding
+from omniloom.model.position import AUDIO, IMAGE, VIDEO, axial_encoding
 
-IMAGE, AUDIO, VIDEO = 1, 2, 3  # ids of the modalities in the unified sequence
 # Of what the encoders give, whose norm leaves it at 1: text embeddings start at 0.02, and media fifty times larger
 # drown them; as small as those, media are learned from several times more slowly.
 MEDIA_SCALE = 0.1

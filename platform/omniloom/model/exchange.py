@@ -16,7 +16,7 @@ from omniloom.errors import CheckpointError, ConfigError, did_you_mean, refuse_u
 from omniloom.model.config import ModelConfig
 from omniloom.model.hf import KINDS, Theirs, tensors
 from omniloom.model.hf_config import to_hugging_face
-from omniloom.model.llama2c import Llama2cWeights, convert_tokenizer
+from omniloom.model.llama2c import BOS, EOS, Llama2cWeights, convert_tokenizer
 from omniloom.model.load import (
     OwnWeights,
     Source,
@@ -232,7 +232,7 @@ def _bring_tokenizer(source: Path, to: Path, tokenizer: Path | None, config: Mod
             (to / "generation_config.json").write_text(json.dumps(ids, indent=2))
     if tokenizer is not None and tokenizer.suffix == ".bin":
         convert_tokenizer(tokenizer, config.vocab_size).save(str(to / "tokenizer.json"))
-        special = {"bos_token": "<s>", "eos_token": "</s>"}
+        special = {"bos_token": BOS, "eos_token": EOS}
         ids = {"bos_token_id": 1, "eos_token_id": 2}
         write_tokenizer_config(to, special, ids, config.max_position_embeddings)
     elif tokenizer is not None:

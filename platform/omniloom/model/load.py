@@ -104,6 +104,12 @@ def load_model(path: Path) -> Model:
     return Model(decoder, folder).eval()
 
 
+def config_of(folder: Path) -> ModelConfig:
+    """The config of a model folder, ours or Hugging Face's; no weights are opened."""
+    theirs = read_config(folder)
+    return from_hugging_face(theirs, str(folder / "config.json"))[1] if is_hugging_face(theirs) else own_config(folder)
+
+
 def open_weights(folder: Path) -> tuple[ModelConfig, Source]:
     """The config and the weights of a model folder, ours or Hugging Face's, whole and checked; nothing is read yet."""
     theirs = read_config(folder)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 
+IMAGE, AUDIO, VIDEO = 1, 2, 3  # ids of the modalities in the unified sequence
 Span = tuple[int, int]  # first token and one past the last, within a document
 
 
@@ -71,7 +72,7 @@ def running_index(document_BT: Tensor) -> Tensor:
 
 def picture_spans(document_BT: Tensor, modality_BT: Tensor, position_BT3: Tensor) -> list[list[Span]]:
     """Each document's pictures and video frames as spans of its tokens: each begins at row 0, column 0."""
-    shown_BT = (modality_BT == 1) | (modality_BT == 3)
+    shown_BT = (modality_BT == IMAGE) | (modality_BT == VIDEO)
     starts_BT = document_starts(document_BT)
     changes_BT = starts_BT | document_starts(modality_BT) | (shown_BT & (position_BT3[..., 1:] == 0).all(-1))
     begins = changes_BT.flatten().nonzero().flatten()

@@ -5,7 +5,7 @@ T tokens of a document, H heads, d width of a head, L layers, N parameters, D to
 
 from dataclasses import dataclass
 
-from omniloom.plan.params import Sizes, count_parameters, norm_parameters
+from omniloom.plan.params import Sizes, count_parameters, expert_parameters, norm_parameters
 
 CACHE_BYTES = 2  # of one number, in bf16
 
@@ -85,11 +85,11 @@ def mtp_flops_per_token(sizes: Sizes, tokens: int) -> float:
     head again."""
     if not sizes.num_nextn_predict_layers:
         return 0.0
-    layer, width = sizes.num_hidden_layers, sizes.hidden_size  # its layer is the one after the last
+    layer = sizes.num_hidden_layers  # its layer is the one after the last
     module = count_parameters(sizes).params_mtp // sizes.num_nextn_predict_layers
     idle = sizes.n_routed_experts - sizes.num_experts_per_tok if sizes.is_sparse(layer) else 0
-    module -= idle * 3 * width * sizes.moe_intermediate_size + 5 * norm_parameters(sizes) + _vectors(sizes, layer)
-    matmul = module + sizes.vocab_size * width
+    module -= idle * expert_parameters(sizes) + 5 * norm_parameters(sizes) + _vectors(sizes, layer)
+    matmul = module + sizes.vocab_size * sizes.hidden_size
     return sizes.num_nextn_predict_layers * (2 * matmul + attention_flops_per_token(sizes, tokens))
 
 

@@ -135,10 +135,10 @@ def count_parameters(sizes: Sizes) -> ParameterCount:
         "attention": layers * _attention(sizes),
         "dense_feed_forward": (layers - sparse) * _dense(sizes),
         "router": sparse * _router(sizes),
-        "shared_experts": sparse * sizes.n_shared_experts * _expert(sizes),
+        "shared_experts": sparse * sizes.n_shared_experts * expert_parameters(sizes),
         "norms": (2 * layers + (not is_post)) * norm_parameters(sizes),
     }
-    routed = sparse * experts * _expert(sizes)
+    routed = sparse * experts * expert_parameters(sizes)
     chosen = routed // experts * sizes.num_experts_per_tok if routed else 0
     return ParameterCount(
         embedding=embedding,
@@ -188,7 +188,8 @@ def _dense(sizes: Sizes) -> int:
     return (into + 1) * width * inner + biases
 
 
-def _expert(sizes: Sizes) -> int:
+def expert_parameters(sizes: Sizes) -> int:
+    """Of one expert."""
     return 3 * sizes.hidden_size * sizes.moe_intermediate_size
 
 
@@ -201,7 +202,7 @@ def _mtp_module(sizes: Sizes) -> int:
     """Its layer is the one after the last: sparse where any experts are."""
     experts = sizes.n_routed_experts + sizes.n_shared_experts
     is_sparse = sizes.is_sparse(sizes.num_hidden_layers)
-    feed_forward = _router(sizes) + experts * _expert(sizes) if is_sparse else _dense(sizes)
+    feed_forward = _router(sizes) + experts * expert_parameters(sizes) if is_sparse else _dense(sizes)
     return 2 * sizes.hidden_size**2 + 5 * norm_parameters(sizes) + _attention(sizes) + feed_forward
 
 

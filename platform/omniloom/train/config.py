@@ -108,11 +108,16 @@ class TrainingRun:
         return Path(self.runs_dir).absolute() / self.run
 
     @property
+    def tokens_per_step(self) -> int:
+        """Positions of one optimizer step, rows × seq_len."""
+        return self.train.global_batch_size * self.data.seq_len
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         if self.train.steps is not None:
             return self.train.steps
-        return math.ceil((self.train.tokens or 0) / (self.train.global_batch_size * self.data.seq_len))
+        return math.ceil((self.train.tokens or 0) / self.tokens_per_step)
 
     def check_run(self, ranks: int) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
@@ -194,8 +199,7 @@ class TrainingRun:
 
     def batch_terms(self, ranks: int) -> str:
         """The three terms and what follows from them, for the first lines of a run."""
-        train = self.train
-        tokens = train.global_batch_size * self.data.seq_len
+        train, tokens = self.train, self.tokens_per_step
         return (
             f"global_batch_size {train.global_batch_size} = micro_batch_size {train.micro_batch_size} × "
             f"{ranks} ranks × gradient_accumulation_steps {train.gradient_accumulation_steps(ranks)}; "
