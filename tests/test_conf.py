@@ -7,11 +7,14 @@ import hydra
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from conftest import REPOSITORY, train_smoke
 from omniloom import settings
 from omniloom.cli import run_verb
+from omniloom.compose import explain, run_job
 from omniloom.data.samples.demo import WEIGHTS
 
 CONF = REPOSITORY / "conf"
@@ -19,6 +22,7 @@ ROOTS = {
     "tokenize_corpus": settings.TokenizeSettings,
     "pretrain": settings.TrainSettings,
     "plan_run": settings.PlanSettings,
+    "plan_scaling": settings.ScalingSettings,
     "run_evals": settings.EvaluateSettings,
     "export_model": settings.ExportSettings,
     "import_model": settings.ImportSettings,
@@ -30,7 +34,10 @@ ROOTS = {
     "doctor": settings.DoctorSettings,
 }
 EXTENDED = {"plan_run": "pretrain"}  # the root that conf/<root>.yaml begins with
-OPTIONS = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
+OPTIONS = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/**/*.yaml"))
+CLUSTERS = [option.name for option in OPTIONS if str(option.parent) == "cluster"]
+DEVICES = [option.name for option in OPTIONS if str(option.parent) == "cluster/device"]
+WITH_CLUSTER = [root for root, schema in ROOTS.items() if "cluster" in schema.__dataclass_fields__]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
@@ -59,16 +66,98 @@ def test_a_group_option_composes(option: Path) -> None:
         composed.model.check()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cluster", ["local", "h100_2x8"])
+def test_a_device_goes_into_any_cluster(cluster: str, device: str) -> None:
+    """It takes the place of the cluster's own whole: nothing of that one is left."""
+    composed = compose("plan_run", [f"cluster={cluster}", f"cluster/device={device}"]).cluster
+    composed.check_hardware()
+    found = composed.device
+    assert (found.name, composed.name) == (device, cluster)
+    assert found.peak_flops_per_s.keys() >= {"fp32", "fp16"}
+    assert None not in (found.memory_bytes, found.memory_bytes_per_s, found.watts)
+    for precision, reached in found.matmul_flops_per_s.items():
+        assert 0.4 < reached / found.peak_flops_per_s[precision] < 1
+
+
+@pytest.mark.parametrize("root", WITH_CLUSTER)
+def test_every_root_that_has_a_cluster_takes_a_device(root: str) -> None:
+    assert compose(root, ["cluster/device=h200"]).cluster.device.name == "h200"
+    assert compose(root, ["cluster=a100_1x8"]).cluster.device.name == "a100_80gb"
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_cluster_has_a_rank_for_each_of_its_devices(cluster: str) -> None:
+    composed = compose("pretrain", [f"cluster={cluster}", "cluster.address=head:6379"]).cluster
+    composed.check()
+    if composed.devices_per_node is not None:
+        assert composed.name == cluster
+        assert cluster.endswith(f"_{composed.nodes}x{composed.devices_per_node}")
+        assert composed.workers == composed.nodes * composed.devices_per_node
+        assert (composed.network_bytes_per_s is None) == (composed.nodes == 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("cluster/device=h10o_sxm", "unknown cluster/device=h10o_sxm; did you mean 'h100_sxm'?"),
+        ("cluster=h100_2x9", "unknown cluster=h100_2x9; did you mean 'h100_2x8'?"),
+        ("cluster.device=h200", "cluster.device is a section: type cluster/device=h200"),
+        ("cluster.device=null", "cluster.device is a section: type cluster/device=null"),
+        (
+            "cluster.device=h10_sxm",
+            "cluster.device is a section: type cluster/device=<name>; did you mean 'h100_sxm'?",
+        ),
+        ("device=h200", "unknown key device; did you mean 'cluster/device'?"),
+        ("cluster/devices=h200", "unknown key cluster/devices; did you mean 'cluster/device'?"),
+        ("modality.audio=5", "modality.audio is a section: set its keys, modality.audio.sample_rate=…"),
+    ],
+)
+def test_what_is_typed_for_a_device_or_a_section_is_answered_with_what_to_type(word: str, message: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)) as refused:
+        compose("plan_run", [word])
+    assert explain(refused.value, settings.PlanSettings) == message
+
+
+@pytest.mark.parametrize("word", ["+cluster/device=h200", "+train.steps=3"])
+def test_a_plus_that_adds_nothing_is_refused(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["omniloom plan", word])
+    with pytest.raises(SystemExit):
+        run_job("plan_run", settings.PlanSettings, lambda plan: None, extends="pretrain")
+    assert capsys.readouterr().err == f"error: {word} needs no +: {word[1:]}\n"
+
+
+@pytest.mark.parametrize(("named", "flops"), [([], 989e12), (["cluster/device=l40s"], 362e12)], ids=["kept", "named"])
+def test_like_keeps_a_runs_device_unless_one_is_named(
+    named: list[str], flops: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    first = OmegaConf.structured(compose("pretrain", ["cluster=h100_2x8", "train.steps=7"]))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(first))
+    (folder / "run.json").write_text('{"id": "a", "name": "first", "status": "finished"}')
+    monkeypatch.setattr("sys.argv", ["omniloom plan", "like=first", *named, f"runs_dir={tmp_path}/runs"])
+    found: list[settings.PlanSettings] = []
+    run_job("plan_run", settings.PlanSettings, found.append, extends="pretrain")
+    assert (found[0].cluster.device.peak_flops_per_s["bf16"], found[0].train.steps) == (flops, 7)
+    assert found[0].cluster.name == "h100_2x8"
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_is_sound(experiment: str) -> None:
     """Its rows fit the model, its phases name sources of its own data, its encoders read what the data set cuts."""
     composed = compose("pretrain", [f"experiment={experiment}"])
     composed.check()
     model, media = composed.model, composed.modality
-    assert model.widths == media.widths
+    if experiment == "scaling":  # text alone, and the loss that of the next token
+        assert (model.widths, model.num_nextn_predict_layers) == ((1, 1, 1), 0)
+    else:
+        assert (model.widths, model.num_nextn_predict_layers) == (media.widths, 1)
     assert model.audio_frames_per_token == media.audio.frames_per_token
     assert model.vocab_size >= composed.tokenizer.vocab_size
-    assert (model.num_nextn_predict_layers, model.max_position_embeddings >= composed.data.seq_len) == (1, True)
+    assert model.max_position_embeddings >= composed.data.seq_len
     starts = [phase.from_sample for phase in composed.data.phases]
     assert all(start < composed.steps * composed.train.global_batch_size for start in starts), "a phase never begins"
 

@@ -36,6 +36,7 @@ VERBS = {
     "sync": Verb("sync_run.py", words=("run",)),
     "doctor": Verb("doctor.py"),
 }
+TWO_WORDS = {"plan scaling": Verb("plan_scaling.py", words=("sweep_run",))}  # verbs of two words
 HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p")  # each with a word of its own
 HELP = """\
 omniloom: text, images, audio and video in one token sequence, a sparse transformer trained on it, its scores
@@ -44,7 +45,7 @@ usage: omniloom VERB [key=value …]
 
   demo       the whole main job on sample data, on this machine, in minutes
   tokenize   files to shards
-  plan       what a training run would take; so far parameters, FLOPs and cache
+  plan       memory, time and cost of a training run, before anything is submitted; plan scaling: a sweep's law
   train      shards to a trained model
   evaluate   a trained model to scores, through lm-eval
   export     a model as a Hugging Face folder, for transformers and for servers
@@ -62,6 +63,7 @@ examples:
   omniloom demo
   omniloom tokenize manifest=corpus.yaml corpus=corpora/mine tokenizer.vocab_size=8192
   omniloom plan model=deepseek_v3
+  omniloom plan scaling SWEEP budget=1e18
   omniloom train corpus=corpora/mine run=first model=tiny train.steps=500 cluster.workers=2
   omniloom train experiment=smoke run=smoke
   omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[held-out.txt]
@@ -81,6 +83,8 @@ def run_verb(verb: str, words: list[str]) -> None:
     from omniloom.compose import resource_folder
 
     known = VERBS[verb]
+    if (both := " ".join([verb, *words[:1]])) in TWO_WORDS:
+        verb, known, words = both, TWO_WORDS[both], words[1:]
     sys.argv = [f"omniloom {verb}", *known.sets, *_as_overrides(verb, known.words, words)]
     runpy.run_path(str(resource_folder("jobs") / known.file), run_name="__main__")
 

@@ -25,11 +25,20 @@ from omegaconf.errors import OmegaConfBaseException
 from omniloom.cli import HYDRA_FLAGS
 from omniloom.cluster.config import Choice, Space
 from omniloom.errors import ConfigError, OmniloomError, did_you_mean
+from omniloom.model.config import ModelConfig
 from omniloom.overrides import literal, plain, split_sweeps
 from omniloom.settings import SWEEPABLE, SweepSettings
 
 Settings = TypeVar("Settings")
-FREE_MAPPINGS = ("task_args", "data.weights", "data.loss_weights", "cluster.env")  # whose keys are the user's own
+FREE_MAPPINGS = (  # whose keys are the user's own
+    "task_args",
+    "data.weights",
+    "data.loss_weights",
+    "cluster.env",
+    "cluster.device.peak_flops_per_s",
+    "cluster.device.matmul_flops_per_s",
+    "cluster.device.attention_flops_per_s",
+)
 FLAGS = {"--json": "json=true", "-f": "follow=true", "--follow": "follow=true"}
 
 
@@ -40,6 +49,20 @@ def resource_folder(name: str) -> Path:
         if candidate.is_dir():
             return candidate
     raise ConfigError(f"the installation lacks its {name}/ folder, looked in {package} and {package.parents[1]}")
+
+
+def preset(name: str) -> ModelConfig:
+    """The model that `model=<name>` names, as conf/model/ has it."""
+    folder = resource_folder("conf") / "model"
+    if not (folder / f"{name}.yaml").is_file():
+        raise ConfigError(
+            f"unknown model={name}; {did_you_mean(name, sorted(path.stem for path in folder.glob('*.yaml')))}"
+        )
+    config = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(folder / f"{name}.yaml"))
+    )
+    assert isinstance(config, ModelConfig)
+    return config
 
 
 def run_job(job: str, schema: type[Settings], function: Callable[[Settings], None], extends: str | None = None) -> None:
@@ -144,7 +167,9 @@ def _put_in_what_like_says() -> None:
         raise ConfigError(f"like={given['like']} is no run")
     groups = {path.name for path in resource_folder("conf").iterdir() if path.is_dir()}
     taken = {"run", "like", "runs_dir", *(groups & given.keys())}
-    saved = flat({key: value for key, value in read_config(place.run_folder).items() if key not in taken})
+    kept = {key: value for key, value in read_config(place.run_folder).items() if key not in taken}
+    named = tuple(f"{group.replace('/', '.')}." for group in given if "/" in group)  # a group inside a group
+    saved = {key: value for key, value in flat(kept).items() if not key.startswith(named)}
     words = [f"{'++' if _is_free(key) else ''}{key}={literal(value)}" for key, value in saved.items()]
     first = next(index for index, word in enumerate(sys.argv) if "=" in word)
     sys.argv[first:first] = words  # together: Hydra's parser takes one stretch of overrides
@@ -190,6 +215,8 @@ def _refuse_added_keys(schema: type, mappings: tuple[str, ...]) -> None:
         added = word.lstrip("+")
         if word.startswith("+") and not added.startswith(("hydra", *mappings)):
             key = added.split("=")[0]
+            if key in flat_keys(OmegaConf.structured(schema)) or (resource_folder("conf") / key).is_dir():
+                raise ConfigError(f"{word} needs no +: {added}")
             raise ConfigError(f"unknown key {key}; {_nearest_key(key, schema)}")
 
 
@@ -208,16 +235,33 @@ def explain(error: Exception, schema: type) -> str:
         return f"{overridden}: unknown key {unknown}"
     if unknown:
         return f"unknown key {key}; {_nearest_key(key, schema)}"
+    inside = [name for name in flat_keys(OmegaConf.structured(schema)) if name.startswith(f"{key}.")]
+    if inside:
+        return f"{key} is a section: {_instead_of_section(key, str(error).partition('=')[2], inside)}"
     first_line = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, ConfigCompositionException) or key:
         return f"{key}: {first_line}" if key and key not in first_line else first_line
     return first_line
 
 
+def _instead_of_section(key: str, value: str, inside: list[str]) -> str:
+    """What sets a section: one of its files where conf/ has any, else its keys."""
+    group = key.replace(".", "/")
+    files = [path.stem for path in (resource_folder("conf") / group).glob("*.yaml")]
+    if not files:
+        return f"set its keys, {inside[0]}=…"
+    if value in (*files, "null"):
+        return f"type {group}={value}"
+    return f"type {group}=<name>; {did_you_mean(value, files)}"
+
+
 def _nearest_key(key: str, schema: type) -> str:
-    """The nearest whole key, or the nearest section where only sections come near."""
+    """The nearest whole key, or the nearest section where only sections come near; those with files by their group."""
     valid = flat_keys(OmegaConf.structured(schema))
-    return did_you_mean(key, [*valid, *{whole.split(".")[0] for whole in valid}])
+    sections = {whole.rsplit(".", ends)[0] for whole in valid for ends in range(1, whole.count(".") + 1)}
+    conf = resource_folder("conf")
+    groups = [group for section in sections if (conf / (group := section.replace(".", "/"))).is_dir()]
+    return did_you_mean(key, [*valid, *sections, *groups])
 
 
 def _quoted(pattern: str, text: str) -> str | None:

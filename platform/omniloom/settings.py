@@ -3,6 +3,7 @@
 Defaults stand on the dataclass fields and nowhere else; conf/ overrides them; the command line overrides conf/.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,31 @@ from typing import Any
 from omniloom.cluster.config import ClusterConfig, LocalClusterConfig, SweepConfig
 from omniloom.data.config import CorpusConfig
 from omniloom.errors import ConfigError, did_you_mean, refuse_unless_one_of
+from omniloom.plan.config import HardwareConfig
 from omniloom.track.config import TrackConfig
-from omniloom.train.config import TrainingRun
+from omniloom.train.config import OPTIMIZERS, TrainingRun
+
+
+@dataclass
+class ClusterSettings(ClusterConfig, HardwareConfig):
+    """Which cluster, and what it is made of: conf/cluster/."""
+
+    def check(self) -> None:
+        """Raise ConfigError for every contradiction that can be seen before anything starts."""
+        self.check_workers()
+        self.check_hardware()
+        if self.nodes > 1 and self.address is None and "RAY_ADDRESS" not in os.environ:
+            raise ConfigError(
+                f"cluster.nodes={self.nodes} are more than this machine: name their head, cluster.address=head:6379 "
+                "(http://head:8265 to submit)"
+            )
 
 
 @dataclass
 class TokenizeSettings(CorpusConfig):
     """The tokenize job."""
 
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
     def check(self) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
@@ -30,7 +47,7 @@ class TokenizeSettings(CorpusConfig):
 class TrainSettings(TrainingRun, CorpusConfig):
     """The train job; where its corpus does not exist yet and a manifest or samples are named, it is made first."""
 
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     like: str | None = None  # a run whose configuration comes before this command's overrides
     fork: str | None = None  # <run>@<step>: a checkpoint to begin at, with its optimizer and place in the data
 
@@ -50,7 +67,54 @@ class TrainSettings(TrainingRun, CorpusConfig):
 class PlanSettings(TrainSettings):
     """What a train job would take."""
 
+    compare: list[str] = field(default_factory=list)  # models, side by side
+    plot: str | None = None  # a png
     json: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError for what no plan can be made of; no corpus, address or length of the run is needed."""
+        self.model.check()
+        self.data.check()
+        self.train.check()
+        self.parallel.check()
+        self.cluster.check_workers()
+        self.cluster.check_hardware()
+        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, OPTIMIZERS)
+        if not self.compare:
+            self.check_context()
+        _check_plot(self.plot)
+
+
+@dataclass
+class ScalingSettings:
+    """A law of loss, model size and data."""
+
+    sweep_run: str | None = None  # its runs
+    runs_dir: str = "runs"
+    metric: str = "val/loss"
+    budget: float | None = None  # FLOPs; else the largest run's
+    resamples: int = 200  # for the intervals
+    seed: int = 0  # of what is drawn for them
+    plot: str | None = None  # a png
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError where no sweep is named or a number cannot hold."""
+        if self.sweep_run is None:
+            here = ", ".join(sorted(path.parent.name for path in Path(self.runs_dir).glob("*/sweep.json")))
+            raise ConfigError(f"name one sweep: omniloom plan scaling SWEEP [runs_dir=runs]; here are {here or 'none'}")
+        if self.budget is not None and not 0 < self.budget < float("inf"):
+            raise ConfigError(f"budget={self.budget:g} must be a number of FLOPs above 0")
+        if self.resamples < 20:
+            raise ConfigError(f"resamples={self.resamples} must be at least 20: an interval of 95% is read off them")
+        _check_plot(self.plot)
+
+
+def _check_plot(plot: str | None) -> None:
+    if plot is not None and Path(plot).suffix != ".png":
+        raise ConfigError(f"plot={plot} must end in .png")
+    if plot is not None and not Path(plot).parent.is_dir():
+        raise ConfigError(f"plot={plot}: there is no folder {Path(plot).parent}")
 
 
 @dataclass
@@ -63,7 +127,7 @@ class EvaluateSettings:
     limit: int | None = None
     batch_tokens: int = 8_192
     runs_dir: str = "runs"
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     json: bool = False
 
     def check(self) -> None:
@@ -150,7 +214,7 @@ class ClientSettings:
     id: str | None = None
     follow: bool = False
     json: bool = False
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
     def check(self) -> None:
         """Raise ConfigError where no job is named."""
@@ -176,9 +240,10 @@ class LocalClusterSettings(LocalClusterConfig):
 class DoctorSettings:
     """What is looked at."""
 
+    measure: bool = False  # what the cluster's ranks reach, for the planner: some 90 s of all their cores
     runs_dir: str = "runs"
     json: bool = False
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     track: TrackConfig = field(default_factory=TrackConfig)
 
 

@@ -26,7 +26,7 @@ class ClusterConfig:
     max_failures: int = 0  # restarts of the ranks after a failure, from the newest checkpoint
     env: dict[str, str] = field(default_factory=dict)  # environment of every process of a job: NCCL_… and kin
 
-    def check(self) -> None:
+    def check_workers(self) -> None:
         """Raise ConfigError where a count cannot hold."""
         for key in ("workers", "cpus_per_worker"):
             if getattr(self, key) < 1:
