@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from omniloom.errors import ConfigError
 from omniloom.model.attention import GroupedAttention, modality_mass
@@ -87,6 +88,7 @@ class Decoder(nn.Module):
         super().__init__()
         config.check()
         self.config = config
+        self.activation_checkpointing = False  # training may keep each layer's input alone
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.position == "learned" else None
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
             embedded_BTD = self.embed_convolution(embedded_BTD, places.index_BT)
         hidden_BTD, routers = self._add_positions(embedded_BTD, places.index_BT), []
         for layer in self.layers:
-            hidden_BTD, router = layer(hidden_BTD, places)
+            hidden_BTD, router = self._run(layer, hidden_BTD, places)
             routers.append(router)
         hidden_BTD = self.norm(hidden_BTD)
         logits_MV = None if predict_at is None else self.lm_head(hidden_BTD[predict_at])
@@ -143,10 +145,16 @@ class Decoder(nn.Module):
         places = places._replace(spans=[[]] * len(places.lengths))
         ahead_BTD, mtp = hidden_BTD, []
         for depth, at_BT in enumerate(predict_ahead_at, start=1):
-            ahead_BTD, router = self.mtp[depth - 1](ahead_BTD, tokens_ahead(embedded_BTD, document, depth), places)
+            next_BTD = tokens_ahead(embedded_BTD, document, depth)
+            ahead_BTD, router = self._run(self.mtp[depth - 1], ahead_BTD, next_BTD, places)
             mtp.append(self.lm_head(ahead_BTD[at_BT]))
             routers.append(router)
         return Output(hidden_BTD, logits_MV, tuple(mtp), tuple(router for router in routers if router is not None))
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | Places) -> tuple[Tensor, RouterOutput | None]:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def _add_positions(self, embedded_BTD: Tensor, index_BT: Tensor) -> Tensor:
         if self.embed_positions is not None:

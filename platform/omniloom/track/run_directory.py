@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.tokens",
     "train.micro_batch_size",
+    "train.activation_checkpointing",
     "train.val_every",
     "train.save_every",
     "train.log_every",

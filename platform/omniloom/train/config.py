@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omniloom.data.config import DataConfig
 from omniloom.errors import ConfigError, refuse_unless_one_of
 from omniloom.model.config import ModelConfig
+from omniloom.plan.config import Workload
 from omniloom.track.config import TrackConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class TrainConfig:
     # or bf16_autocast: fp32 parameters, products in bf16; bf16, fp16: parameters and products in it, fp32 masters, fp16
     # with a loss scale that follows the gradients; fp8: as bf16, the layers' products in float8, on a GPU that has them
     precision: str = "fp32"
+    activation_checkpointing: bool = False  # keep each layer's input alone, and run the layer again backward
     gradient_clipping: float = 1.0
     balance_loss_weight: float = 1e-4
     mtp_loss_weight: float = 0.3
@@ -79,11 +81,31 @@ class ScheduleConfig:
     floor: float = 0.1  # last rate over peak rate
 
 
+OPTIMIZERS = ("adamw", "muon")
+SHARING = ("tensor", "pipeline", "sequence", "expert")
+
+
 @dataclass
 class ParallelConfig:
-    """How DeepSpeed shards the run."""
+    """How the ranks share the run: ZeRO's stage over those that see different rows, and how many share one thing.
+
+    The trainer knows ZeRO; the planner knows all of them.
+    """
 
     zero_stage: int = 1
+    tensor: int = 1  # ranks that share each layer's matrices
+    pipeline: int = 1  # that share the layers
+    sequence: int = 1  # that share each row's tokens
+    expert: int = 1  # that share the routed experts
+    bucket_numbers: int = 500_000_000  # at most, that DeepSpeed exchanges at a time
+
+    def check(self) -> None:
+        """Raise ConfigError where a number cannot hold."""
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        for key in (*SHARING, "bucket_numbers"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"parallel.{key}={getattr(self, key)} must be at least 1")
 
 
 @dataclass
@@ -119,6 +141,33 @@ class TrainingRun:
             return self.train.steps
         return math.ceil((self.train.tokens or 0) / self.tokens_per_step)
 
+    def workload(self, ranks: int) -> Workload:
+        """What the planner reads of this run."""
+        is_known = self.train.steps is not None or self.train.tokens is not None
+        return Workload(
+            sizes=self.model,
+            seq_len=self.data.seq_len,
+            global_batch_size=self.train.global_batch_size,
+            micro_batch_size=self.train.micro_batch_size,
+            ranks=ranks,
+            zero_stage=self.parallel.zero_stage,
+            **{name: getattr(self.parallel, name) for name in SHARING},
+            precision=self.train.precision,
+            optimizer=self.optimizer.kind,
+            activation_checkpointing=self.train.activation_checkpointing,
+            bucket_numbers=self.parallel.bucket_numbers,
+            steps=self.steps if is_known else None,
+            save_every=self.train.save_every,
+        )
+
+    def check_context(self) -> None:
+        """Raise ConfigError where rows are longer than the model's context."""
+        if self.data.seq_len > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"rows are longer than the model's context: data.seq_len={self.data.seq_len} is over "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+
     def check_run(self, ranks: int) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
         self.model.check()
@@ -138,13 +187,14 @@ class TrainingRun:
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
                 f"{train.micro_batch_size} × cluster.workers={ranks} = {train.micro_batch_size * ranks}"
             )
-        if self.data.seq_len > self.model.max_position_embeddings:
-            raise ConfigError(
-                f"rows are longer than the model's context: data.seq_len={self.data.seq_len} is over "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}"
-            )
-        if self.parallel.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"parallel.zero_stage={self.parallel.zero_stage} must be 0, 1, 2 or 3")
+        self.check_context()
+        self.parallel.check()
+        for name in SHARING:
+            if getattr(self.parallel, name) > 1:
+                raise ConfigError(
+                    f"training shares a run by ZeRO alone so far, planning knows more: parallel.{name}="
+                    f"{getattr(self.parallel, name)} must be 1"
+                )
         if train.precision == "fp16" and self.parallel.zero_stage == 0:
             raise ConfigError(
                 "at ZeRO 0 DeepSpeed divides the gradients by a loss scale that it never multiplied by: "
@@ -155,7 +205,7 @@ class TrainingRun:
                 f"warm-up must end before the run does: schedule.warmup_steps={self.schedule.warmup_steps} is not "
                 f"under train.steps={self.steps}"
             )
-        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, ("adamw", "muon"))
+        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, OPTIMIZERS)
         if self.optimizer.kind == "muon" and self.parallel.zero_stage and train.gradient_clipping:
             raise ConfigError(
                 "from ZeRO 1 on DeepSpeed clips Muon's orthogonal updates instead of the gradients, and nothing is "

@@ -24,19 +24,31 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 
+if not torch.accelerator.is_available():
+    # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the few matrix
+    # products of a Muon step. Here, as the compiler's own modules belong to the process and not to the model.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    torch.compiler.set_stance("force_eager")
+
 SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # of a parameter group; its rate is set at every step
 
 
-def deepspeed_config(run: TrainingRun, ranks: int) -> dict[str, Any]:
+def deepspeed_config(run: TrainingRun, ranks: int, parameters: int) -> dict[str, Any]:
     """Translate a run into DeepSpeed's own configuration."""
     train = run.train
+    bucket = min(run.parallel.bucket_numbers, parameters + parameters % 2)  # DeepSpeed allocates whole ones, even ones
     return {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
         "gradient_clipping": train.gradient_clipping,
         # Muon multiplies whole matrices: at stage 3 DeepSpeed takes it only with gradients reduced whole.
-        "zero_optimization": {"stage": run.parallel.zero_stage, "reduce_scatter": run.optimizer.kind != "muon"},
+        "zero_optimization": {
+            "stage": run.parallel.zero_stage,
+            "reduce_scatter": run.optimizer.kind != "muon",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         **deepspeed_sections(train.precision),
         "optimizer": deepspeed_section(run.optimizer),
         "steps_per_print": 1 << 62,  # our own tracker reports
@@ -50,17 +62,12 @@ class Engine:
         precision, accelerator = run.train.precision, get_accelerator()
         refuse_unless_possible(precision, module, accelerator.device_name(), accelerator.supported_dtypes())
         self.float8 = convert_to_float8(module) if precision == "fp8" else []  # names of modules
-        if not torch.accelerator.is_available():
-            # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the
-            # few matrix products of a Muon step.
-            __compatible_ops__["deepspeed_shm_comm"] = False
-            torch.compiler.set_stance("force_eager")
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(module, run.optimizer),
-            config=deepspeed_config(run, self.ranks),
+            config=deepspeed_config(run, self.ranks, sum(p.numel() for p in module.parameters())),
         )
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]

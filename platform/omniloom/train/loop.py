@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from omniloom.data.loader import Batch, Rows, batch_hash, rank_batches
@@ -30,7 +31,9 @@ def train(run: TrainingRun) -> None:
     """One rank's whole life: every rank of the run calls this once."""
     corpus = Corpus(Path(run.corpus or ""))
     torch.manual_seed(run.seed)
+    footprint = _footprint_bytes()
     model = Decoder(run.model)
+    model.activation_checkpointing = run.train.activation_checkpointing
     engine = Engine(model, run)
     with ExitStack() as stack:
         stack.callback(shut_down)
@@ -55,11 +58,12 @@ def train(run: TrainingRun) -> None:
             state = replace(
                 state, step=step, samples=step * run.train.global_batch_size, tokens=state.tokens + result.tokens
             )
-            memory, stop = engine.max_over_ranks([_peak_memory_bytes(), float(stop_asked(run.folder))])
+            peak = peak_memory_bytes()
+            memory, added, stop = engine.max_over_ranks([peak, peak - footprint, float(stop_asked(run.folder))])
             line = _line(run, state, result, model, run.optimizer.lr * share) | _times(
                 engine, result, time.monotonic() - started + waited_s, waited_s
             )
-            line["memory_peak_bytes"] = int(memory)
+            line |= {"memory_peak_bytes": int(memory), "memory_added_bytes": int(added)}
             line["batch_hash"] = stream.hash_of(batches)
             line["eta_s"] = (time.monotonic() - began) / (step - first) * (run.steps - step)
             if step % run.train.val_every == 0 or step == run.steps:
@@ -174,7 +178,15 @@ def _scaling(engine: Engine) -> dict[str, float]:
     return {"loss_scale": engine.loss_scale, "skipped_steps": engine.skipped_steps}
 
 
-def _peak_memory_bytes() -> int:
+def _footprint_bytes() -> int:
+    """What this rank holds before there is a model."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory_bytes() -> int:
+    """The most that this rank has held so far: of its GPU, or of the machine's memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

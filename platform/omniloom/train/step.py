@@ -56,22 +56,10 @@ def training_step(
 
     sums = torch.zeros(2 + depths, dtype=torch.float64, device=engine.device)
     counts_LE = None
-    for batch, (main, *ahead) in zip(batches, targets, strict=True):
-        output: Output = engine.forward(
-            **batch.model_inputs(), predict_at=main.predict_at_BT, predict_ahead_at=[t.predict_at_BT for t in ahead]
-        )
-        assert output.logits is not None
-        next_token, *mtp = (
-            _share(logits, target, total)
-            for logits, target, total in zip((output.logits, *output.mtp), (main, *ahead), total_weights, strict=True)
-        )
-        balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / total_documents
-        loss = next_token + config.balance_loss_weight * balance
-        if mtp:
-            loss = loss + config.mtp_loss_weight * torch.stack(mtp).mean()  # Eq. 25
+    for batch, ahead in zip(batches, targets, strict=True):
+        loss, parts, counts = _micro_batch(engine, model, batch, ahead, total_weights, total_documents, config)
         engine.backward(loss)
-        sums += torch.stack([next_token, balance, *mtp]).detach().double()
-        counts = torch.stack([router.tokens_per_expert_E for router in output.router]) if output.router else None
+        sums += parts
         counts_LE = counts if counts_LE is None or counts is None else counts_LE + counts
     grad_norm = engine.step(rate_share)
 
@@ -81,6 +69,37 @@ def training_step(
         _move_biases(model, counts_LE, config)
     mtp_mean = sum(mean_mtp) / depths if depths else None
     return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, int(total_tokens), counts_LE)
+
+
+def _micro_batch(
+    engine: Engine,
+    model: Decoder,
+    batch: Batch,
+    targets: list[Targets],
+    total_weights: list[float],
+    total_documents: float,
+    config: TrainConfig,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One forward pass: its share of the loss, of next-token, balance and each module's loss, and the experts' counts.
+
+    The logits end with this function: the backward pass does not need them.
+    """
+    output: Output = engine.forward(
+        **batch.model_inputs(),
+        predict_at=targets[0].predict_at_BT,
+        predict_ahead_at=[t.predict_at_BT for t in targets[1:]],
+    )
+    assert output.logits is not None
+    next_token, *mtp = (
+        _share(logits, target, total)
+        for logits, target, total in zip((output.logits, *output.mtp), targets, total_weights, strict=True)
+    )
+    balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / total_documents
+    loss = next_token + config.balance_loss_weight * balance
+    if mtp:
+        loss = loss + config.mtp_loss_weight * torch.stack(mtp).mean()  # Eq. 25
+    counts_LE = torch.stack([router.tokens_per_expert_E for router in output.router]) if output.router else None
+    return loss, torch.stack([next_token, balance, *mtp]).detach().double(), counts_LE
 
 
 def _targets(batch: Batch, loss_weight_S: Tensor, ahead: int) -> Targets:
