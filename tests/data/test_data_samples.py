@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from conftest import REPOSITORY
-from omniloom.data.config import CorpusConfig
+from omniloom.data.config import SPLITS, CorpusConfig
 from omniloom.data.corpus import _make_tokenizer
 from omniloom.data.samples import demo, write_samples
 from omniloom.data.samples.demo import _write_digits, _write_topics
@@ -601,3 +601,32 @@ def test_an_unknown_kind_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"samples=smok; did you mean 'smoke'\?"):
         write_samples("smok", tmp_path / "files")
     assert not (tmp_path / "files").exists()
+
+
+def passages(folder: Path, split: str) -> list[str]:
+    return [segment["text"] for line in read_lines(folder / f"{split}.jsonl") for segment in line["segments"]]
+
+
+def test_the_library_is_enough_text_and_its_sides_share_no_passage(tmp_path: Path) -> None:
+    folder = write_samples("library", tmp_path / "library").parent
+    train, heldout = passages(folder, "train"), passages(folder, "heldout")
+    assert not set(train) & set(heldout)
+    assert sum(map(len, train)) > 7_000_000, "a scaling law's longest run would read it twice"
+    assert len(heldout) > 200
+
+
+def test_the_library_holds_out_whole_modules_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    for module in range(20):
+        paragraphs = [f"# module {module}, paragraph {number}: " + "x" * 400 for number in range(9)]
+        path = tmp_path / "stdlib" / f"module_{module}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n\n".join(paragraphs))
+    folder = write_samples("library", tmp_path / "library").parent
+    named = {split: re.findall(r"module (\d+), paragraph (\d+)", "".join(passages(folder, split))) for split in SPLITS}
+    modules = {split: {module for module, _ in found} for split, found in named.items()}
+    assert (len(modules["train"]), len(modules["heldout"])) == (18, 2)
+    assert not modules["train"] & modules["heldout"]
+    assert len(set(named["train"] + named["heldout"])) == len(named["train"] + named["heldout"]) == 20 * 9
+    order = [int(module) for module, _ in named["train"]]
+    assert order != sorted(order), "passages of one module lie together"

@@ -35,7 +35,7 @@ class CorpusConfig:
 
     corpus: str | None = None
     manifest: str | None = None
-    samples: str | None = None  # instead of a manifest: demo or smoke
+    samples: str | None = None  # instead of a manifest: demo, library or smoke
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     modality: ModalityConfig = field(default_factory=ModalityConfig)
     max_reject_share: float = 0.01  # of all documents; more than this fails the job
@@ -48,7 +48,7 @@ class CorpusConfig:
         if (self.manifest is None) == (self.samples is None):
             raise ConfigError(
                 f"exactly one of manifest={self.manifest} and samples={self.samples} must be set: a YAML that names "
-                "your files, or demo or smoke for files made here"
+                "your files, or demo, library or smoke for files made here"
             )
         if not 0 <= self.max_reject_share <= 1:
             raise ConfigError(f"max_reject_share={self.max_reject_share} must lie between 0 and 1")
