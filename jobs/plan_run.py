@@ -1,26 +1,39 @@
 """What a training run would take, before anything is submitted: `omniloom plan model=deepseek_v3`."""
 
 import json
+from pathlib import Path
 
-from omniloom.compose import run_job
-from omniloom.plan.flops import count_costs
-from omniloom.plan.params import count_parameters
+from omniloom.compose import preset, run_job
 from omniloom.settings import PlanSettings
 
 
 def main(settings: PlanSettings) -> None:
-    settings.model.check()  # no corpus is needed
-    settings.data.check()
-    settings.train.check()
-    counted = count_parameters(settings.model)
-    document_tokens = min(settings.data.seq_len, settings.model.max_position_embeddings)
-    is_known = settings.train.steps is not None or settings.train.tokens is not None
-    tokens = settings.steps * settings.tokens_per_step if is_known else None
-    costs = count_costs(settings.model, document_tokens, tokens)
+    settings.check()
+    from omniloom.plan.compare import compare
+    from omniloom.plan.memory import by_stage
+    from omniloom.plan.plan_report import compared, told
+    from omniloom.plan.planner import is_cpu
+    from omniloom.planning import bands_of, measurements_of, plan_of
+
+    if settings.compare:
+        models = {name: preset(name) for name in settings.compare}
+        like = settings.workload(settings.cluster.workers)
+        tokens = None if like.steps is None else like.steps * like.tokens_per_step
+        architectures = compare(models, like, settings.cluster, tokens, measurements_of(settings))
+        print(json.dumps([one.as_dict() for one in architectures]) if settings.json else compared(architectures))
+        return
+    plan, bands = plan_of(settings), bands_of(settings)
+    stages = by_stage(plan.workload, is_cpu(plan.hardware))
+    if settings.plot is not None:
+        from omniloom.plan.plan_plot import write_plot
+
+        write_plot(plan, stages, Path(settings.plot))
     if settings.json:
-        print(json.dumps(counted.as_dict() | costs.as_dict()))
+        from omniloom.plan.accuracy import as_dict
+
+        print(json.dumps(plan.as_dict() | {"measured_over_predicted": as_dict(bands)}))
     else:
-        print(counted.as_table(), costs.as_table(), sep="\n\n")
+        print(told(plan, stages, bands))
 
 
 if __name__ == "__main__":

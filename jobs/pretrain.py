@@ -13,6 +13,8 @@ def main(settings: TrainSettings) -> None:
     # Before the session: torch, loaded while Ray's threads start, now and then dies in its MKL.
     from omniloom.cluster.launch import run_on_ranks
     from omniloom.data.corpus import describe, open_or_build
+    from omniloom.planning import plan_of, record_of, told_in_a_line
+    from omniloom.track.planned import write_measured, write_plan
     from omniloom.track.progress import follow
     from omniloom.track.report import reported
     from omniloom.track.run_directory import ask_to_stop, claim, locate, open_run, record_failure, running
@@ -32,12 +34,16 @@ def main(settings: TrainSettings) -> None:
                 return
             print(describe(corpus))
             print(settings.batch_terms(settings.cluster.workers))
+            plan = plan_of(settings)
+            print(told_in_a_line(plan))
+            write_plan(run, record_of(plan))
             with reported(run), running(run), follow(run, settings.steps):
                 stop, failed = partial(ask_to_stop, run), partial(record_failure, run)
                 stopped = run_on_ranks(train, settings, settings.cluster, stop, failed)
                 state = newest_state(run)
                 if state is None or state.step < settings.steps:
                     raise KeyboardInterrupt(f"{stopped or 'asked to stop'}, saved at step {state.step if state else 0}")
+            write_measured(run)
             print(f"run {settings.run} is finished: {run}")
 
 

@@ -20,7 +20,7 @@ omniloom submit: a verb as a job of a Ray cluster; it goes on when this terminal
 usage: omniloom submit VERB [key=value …] [-f] [--json]
 
   VERB         tokenize, train, evaluate, or sweep train, with its own keys; composed and checked here, before anything
-               is sent
+               is sent; train is planned first, and a plan that does not fit is refused unless force=true
   -f           show what the job prints until it ends; the exit status is the job's
   --json       one JSON object: the job's id and the cluster's address
 
@@ -78,12 +78,21 @@ def main(words: list[str]) -> None:
     verb, overrides = rest[0], rest[1:]
     how = {"follow": bool(flags & {"-f", "--follow"}), "as_json": "--json" in flags}
 
+    def plan_first(settings: Any) -> None:
+        from omniloom.planning import refuse_no_go, told_in_a_line
+
+        print(told_in_a_line(refuse_no_go(settings)), file=sys.stderr if how["as_json"] else sys.stdout)
+        overrides[:] = [word for word in overrides if word != "force=true"]  # meant the plan, not the corpus
+
     def one(settings: Any) -> None:
         settings.check()
+        if verb == "train":
+            plan_first(settings)
         submit(settings, verb, [*overrides, *absolute_paths(settings)], **how)
 
     def many(sweep: Sweep) -> None:
         sweep.settings.sweep.check_sweep(sweep.space)
+        plan_first(sweep.trial)
         paths = [word for word in absolute_paths(sweep.trial) if not word.startswith("runs_dir=")]
         runs_dir = quoted(str(Path(sweep.settings.runs_dir).absolute()))
         submit(sweep.trial, verb, [*overrides, *paths, f"runs_dir={runs_dir}"], run=sweep.settings.run, **how)

@@ -27,7 +27,7 @@ ARROWS = {
     "serve": {"generate"},
 }
 # Every default stands in a room's config.py, and settings composes them.
-LAST_ROW = {"settings", "compose", "overrides", "cli", "__init__", "__main__"}
+LAST_ROW = {"settings", "planning", "compose", "overrides", "cli", "__init__", "__main__"}
 FENCES = {
     "hydra": {"compose.py", "overrides.py", "cli.py"},
     "ray": {"cluster/", "serve/", "data/", "posttrain/", "evaluation/"},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from omniloom.cli import run_verb
 from omniloom.cluster.config import Choice, ClusterConfig, Interval, LocalClusterConfig, SweepConfig
 from omniloom.cluster.local import find_address, start_local
 from omniloom.errors import ClusterError, ConfigError
@@ -108,3 +109,24 @@ def test_what_a_dead_head_left_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     state.write_text("{}")
     with pytest.raises(ClusterError, match=r"cluster.json is damaged .*: remove it"):
         find_address(ClusterConfig(address="up"))
+
+
+NO_GO = ["model=llama_8b", "cluster=h100_1x8", "train.steps=200", "train.global_batch_size=64", "corpus=corpora/none"]
+NOBODY = "cluster.address=http://127.0.0.1:9"
+
+
+def test_a_plan_that_does_not_fit_is_not_submitted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_verb("submit", ["train", *NO_GO, NOBODY])
+    said = capsys.readouterr().err
+    assert "no-go: memory " in said
+    assert "is over cluster.device.memory_bytes=80 GB" in said
+    assert "force=true submits it all the same; nearest that fit, the fastest first:\n  " in said
+
+
+def test_a_forced_one_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_verb("submit", ["train", *NO_GO, NOBODY, "force=true"])
+    said = capsys.readouterr()
+    assert "plan: no-go, memory " in said.out
+    assert "127.0.0.1:9" in said.err  # planned, and on its way

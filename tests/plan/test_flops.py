@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder, text_fields
+from omniloom.plan.cache import kv_cache_bytes_per_token
 from omniloom.plan.flops import (
     attention_flops_per_token,
     forward_flops_per_token,
-    kv_cache_bytes_per_token,
     matmul_parameters,
     mtp_flops_per_token,
     train_flops,

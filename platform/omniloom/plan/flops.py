@@ -1,33 +1,24 @@
-"""How many floating-point operations a token costs, and how many bytes it leaves in the cache.
+"""How many floating-point operations a token costs.
 
 T tokens of a document, H heads, d width of a head, L layers, N parameters, D tokens of a run.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from omniloom.plan.params import Sizes, count_parameters, expert_parameters, norm_parameters
-
-CACHE_BYTES = 2  # of one number, in bf16
+from omniloom.plan.cache import kv_cache_bytes_by_kind, kv_cache_bytes_per_token
+from omniloom.plan.params import Sizes, count_parameters, layer_matrices, parameters
 
 
 def matmul_parameters(sizes: Sizes) -> int:
     """Parameters that one text token is multiplied by: `params_active` without norms, biases and convolution."""
-    counted = count_parameters(sizes)
-    vectors = sum(_vectors(sizes, layer) for layer in range(sizes.num_hidden_layers))
-    return counted.params_active - counted.norms - counted.convolution - vectors
+    head = sizes.vocab_size * sizes.hidden_size
+    return head + sum(_layer_parameters(sizes, layer) for layer in range(sizes.num_hidden_layers))
 
 
-def _vectors(sizes: Sizes, layer: int) -> int:
-    """One layer's biases, and the norms inside latent attention."""
-    width, heads = sizes.hidden_size, sizes.num_attention_heads
-    if sizes.attention == "latent":
-        attention = (sizes.q_lora_rank or 0) + sizes.kv_lora_rank
-    else:
-        attention = sizes.attention_bias * ((heads + 2 * sizes.key_value_heads) * sizes.head_width + width)
-    if sizes.is_sparse(layer):
-        return attention + sizes.n_routed_experts * ((sizes.scoring_func == "sigmoid") + sizes.router_bias)
-    inner = sizes.intermediate_size * (2 if sizes.activation == "swiglu" else 1)
-    return attention + sizes.mlp_bias * (inner + width)
+def _layer_parameters(sizes: Sizes, layer: int) -> int:
+    always, router, chosen = layer_matrices(sizes, layer)
+    return parameters(always + router) + sizes.num_experts_per_tok * parameters(chosen)
 
 
 def attention_flops_per_key(sizes: Sizes) -> int:
@@ -85,11 +76,8 @@ def mtp_flops_per_token(sizes: Sizes, tokens: int) -> float:
     head again."""
     if not sizes.num_nextn_predict_layers:
         return 0.0
-    layer = sizes.num_hidden_layers  # its layer is the one after the last
-    module = count_parameters(sizes).params_mtp // sizes.num_nextn_predict_layers
-    idle = sizes.n_routed_experts - sizes.num_experts_per_tok if sizes.is_sparse(layer) else 0
-    module -= idle * expert_parameters(sizes) + 5 * norm_parameters(sizes) + _vectors(sizes, layer)
-    matmul = module + sizes.vocab_size * sizes.hidden_size
+    junction, head = 2 * sizes.hidden_size**2, sizes.vocab_size * sizes.hidden_size
+    matmul = junction + _layer_parameters(sizes, sizes.num_hidden_layers) + head  # its layer is after the last
     return sizes.num_nextn_predict_layers * (2 * matmul + attention_flops_per_token(sizes, tokens))
 
 
@@ -103,39 +91,29 @@ def train_flops_6nd(sizes: Sizes, seen: int) -> int:
     return 6 * count_parameters(sizes).params_active * seen
 
 
-def kv_cache_bytes_per_token(sizes: Sizes) -> int:
-    """What a token leaves in a cache of bf16: 2·G·d numbers a layer, or the latent and the rotary key; linear
-    attention keeps a state instead, and no token leaves anything."""
-    if sizes.attention_pattern == "linear":
-        return 0
-    if sizes.attention == "latent":
-        numbers = sizes.kv_lora_rank + sizes.qk_rope_head_dim
-    else:
-        numbers = 2 * sizes.key_value_heads * sizes.head_width
-    return CACHE_BYTES * sizes.num_hidden_layers * numbers
-
-
 @dataclass(frozen=True)
 class Costs:
     """A token's costs in documents of `document_tokens`, and a run's where it says how long it is; FLOPs and bytes."""
 
     document_tokens: int
     kv_cache_bytes_per_token: int
+    kv_cache_bytes_by_kind: dict[str, float]
     forward_flops_per_token: float
     train_tokens: int | None
     train_flops: float | None
     train_flops_6nd: int | None
 
-    def as_dict(self) -> dict[str, float | None]:
+    def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return dict(vars(self))
 
     def as_table(self) -> str:
         """For reading."""
         documents = f"in documents of {self.document_tokens:,} tokens"
+        kinds = ", ".join(f"{name} {size:,.0f}" for name, size in self.kv_cache_bytes_by_kind.items())
         lines = [
             f"forward, a token    {self.forward_flops_per_token / 1e9:,.4g} GFLOP, {documents}",
-            f"KV cache, a token   {self.kv_cache_bytes_per_token:,} bytes in bf16",
+            f"KV cache, a token   {kinds or 0} bytes",
         ]
         if self.train_tokens is not None:
             lines.append(
@@ -150,6 +128,7 @@ def count_costs(sizes: Sizes, document_tokens: int, train_tokens: int | None) ->
     return Costs(
         document_tokens=document_tokens,
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(sizes),
+        kv_cache_bytes_by_kind=kv_cache_bytes_by_kind(sizes),
         forward_flops_per_token=forward_flops_per_token(sizes, document_tokens),
         train_tokens=train_tokens,
         train_flops=None if train_tokens is None else train_flops(sizes, document_tokens, train_tokens),

@@ -5,7 +5,7 @@ E routed experts, S shared experts, K experts per token, L layers.
 """
 
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Sizes(Protocol):
@@ -19,6 +19,7 @@ class Sizes(Protocol):
     norm: str
     norm_position: str
     position: str
+    rope_interleave: bool
     attention: str
     attention_pattern: str
     window_tokens: int
@@ -46,12 +47,16 @@ class Sizes(Protocol):
     audio_mels: int | None
     audio_frames_per_token: int
     embedding_conv_tokens: int | None
+    dropout: float
 
     @property
     def head_width(self) -> int: ...
 
     @property
     def key_value_heads(self) -> int: ...
+
+    @property
+    def rotary_width(self) -> int: ...
 
     def is_sparse(self, layer: int) -> bool: ...
 
@@ -143,9 +148,9 @@ def count_parameters(sizes: Sizes) -> ParameterCount:
     return ParameterCount(
         embedding=embedding,
         positions=sizes.max_position_embeddings * width if sizes.position == "learned" else 0,
-        image_encoder=_patches(sizes, sizes.image_patch_pixels),
-        audio_encoder=_sound(sizes),
-        video_encoder=_patches(sizes, sizes.video_patch_pixels),
+        image_encoder=_encoder(sizes, "image"),
+        audio_encoder=_encoder(sizes, "audio"),
+        video_encoder=_encoder(sizes, "video"),
         **main,
         routed_experts=routed,
         head=0 if sizes.tie_word_embeddings else embedding,
@@ -167,30 +172,88 @@ def norm_parameters(sizes: Sizes) -> int:
     return sizes.hidden_size * (2 if sizes.norm == "layer" else 1)
 
 
-def _attention(sizes: Sizes) -> int:
+class Matrix(NamedTuple):
+    """What a token's `inputs` numbers are multiplied by."""
+
+    inputs: int
+    outputs: int
+
+    @property
+    def parameters(self) -> int:
+        """Its numbers."""
+        return self.inputs * self.outputs
+
+
+def attention_matrices(sizes: Sizes) -> list[Matrix]:
+    """Of one layer, in the forward pass's order."""
     width, heads = sizes.hidden_size, sizes.num_attention_heads
     if sizes.attention == "grouped":
         query, key_value = heads * sizes.head_width, sizes.key_value_heads * sizes.head_width
-        biases = query + 2 * key_value + width if sizes.attention_bias else 0
-        return 2 * width * (query + key_value) + biases
+        return [Matrix(width, query), Matrix(width, key_value), Matrix(width, key_value), Matrix(query, width)]
     query = heads * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)
     rank, latent = sizes.q_lora_rank, sizes.kv_lora_rank
-    into_query = width * query if rank is None else width * rank + rank + rank * query
-    into_latent = width * (latent + sizes.qk_rope_head_dim) + latent
-    out_of_latent = latent * heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
-    return into_query + into_latent + out_of_latent + heads * sizes.v_head_dim * width
+    into_query = [Matrix(width, query)] if rank is None else [Matrix(width, rank), Matrix(rank, query)]
+    out_of_latent = Matrix(latent, heads * (sizes.qk_nope_head_dim + sizes.v_head_dim))
+    return [
+        *into_query,
+        Matrix(width, latent + sizes.qk_rope_head_dim),
+        out_of_latent,
+        Matrix(heads * sizes.v_head_dim, width),
+    ]
+
+
+def feed_forward_matrices(sizes: Sizes, inner: int) -> list[Matrix]:
+    """Of one dense feed-forward network, `inner` wide; shared experts are one."""
+    into = [Matrix(sizes.hidden_size, inner)] * (2 if sizes.activation == "swiglu" else 1)
+    return [*into, Matrix(inner, sizes.hidden_size)]
+
+
+def expert_matrices(sizes: Sizes) -> list[Matrix]:
+    """Of one routed expert."""
+    inner = sizes.moe_intermediate_size
+    return [Matrix(sizes.hidden_size, 2 * inner), Matrix(inner, sizes.hidden_size)]
+
+
+class LayerMatrices(NamedTuple):
+    """Of one layer: those that every token meets, the router's, and those of each expert that it chooses."""
+
+    always: list[Matrix]
+    router: list[Matrix]
+    chosen: list[Matrix]
+
+
+def layer_matrices(sizes: Sizes, layer: int) -> LayerMatrices:
+    """Of one layer; a dense one has no router and no experts."""
+    attention = attention_matrices(sizes)
+    if not sizes.is_sparse(layer):
+        return LayerMatrices(attention + feed_forward_matrices(sizes, sizes.intermediate_size), [], [])
+    shared = sizes.n_shared_experts * sizes.moe_intermediate_size
+    always = attention + (feed_forward_matrices(sizes, shared) if shared else [])
+    return LayerMatrices(always, [Matrix(sizes.hidden_size, sizes.n_routed_experts)], expert_matrices(sizes))
+
+
+def parameters(matrices: list[Matrix]) -> int:
+    """Of all of them."""
+    return sum(matrix.parameters for matrix in matrices)
+
+
+def _attention(sizes: Sizes) -> int:
+    matrices = attention_matrices(sizes)
+    if sizes.attention == "latent":
+        vectors = (sizes.q_lora_rank or 0) + sizes.kv_lora_rank  # the norms' gains
+    else:
+        vectors = sum(matrix.outputs for matrix in matrices) if sizes.attention_bias else 0
+    return parameters(matrices) + vectors
 
 
 def _dense(sizes: Sizes) -> int:
-    width, inner = sizes.hidden_size, sizes.intermediate_size
-    into = 2 if sizes.activation == "swiglu" else 1
-    biases = into * inner + width if sizes.mlp_bias else 0
-    return (into + 1) * width * inner + biases
+    matrices = feed_forward_matrices(sizes, sizes.intermediate_size)
+    return parameters(matrices) + (sum(matrix.outputs for matrix in matrices) if sizes.mlp_bias else 0)
 
 
 def expert_parameters(sizes: Sizes) -> int:
     """Of one expert."""
-    return 3 * sizes.hidden_size * sizes.moe_intermediate_size
+    return parameters(expert_matrices(sizes))
 
 
 def _router(sizes: Sizes) -> int:
@@ -206,13 +269,21 @@ def _mtp_module(sizes: Sizes) -> int:
     return 2 * sizes.hidden_size**2 + 5 * norm_parameters(sizes) + _attention(sizes) + feed_forward
 
 
-def _patches(sizes: Sizes, patch_pixels: int | None) -> int:
-    return sizes.hidden_size * (3 * patch_pixels**2 + 1) if patch_pixels else 0
+def encoder_matrices(sizes: Sizes) -> dict[str, list[tuple[Matrix, int]]]:
+    """Of each medium that has an encoder, with how often one of its tokens meets them: each convolution halves."""
+    media: dict[str, list[tuple[Matrix, int]]] = {}
+    for medium, pixels in (("image", sizes.image_patch_pixels), ("video", sizes.video_patch_pixels)):
+        if pixels:
+            media[medium] = [(Matrix(3 * pixels**2, sizes.hidden_size), 1)]
+    if sizes.audio_mels is not None:
+        layers = sizes.audio_frames_per_token.bit_length() - 1
+        inputs = [3 * sizes.audio_mels] + [3 * sizes.hidden_size] * (layers - 1)
+        outputs = [2 ** (layers - 1 - index) for index in range(layers)]
+        media["audio"] = [(Matrix(i, sizes.hidden_size), o) for i, o in zip(inputs, outputs, strict=True)]
+    return media
 
 
-def _sound(sizes: Sizes) -> int:
-    if sizes.audio_mels is None:
-        return 0
-    further = sizes.audio_frames_per_token.bit_length() - 2  # each convolution halves
-    width = sizes.hidden_size
-    return 3 * sizes.audio_mels * width + further * 3 * width**2 + (1 + further) * width
+def _encoder(sizes: Sizes, medium: str) -> int:
+    """Its matrices, and a gain for the norm of each."""
+    matrices = encoder_matrices(sizes).get(medium, [])
+    return sum(matrix.parameters + sizes.hidden_size for matrix, _ in matrices)

@@ -1,0 +1,199 @@
+"""`omniloom plan` as it is typed: what it prints, its keys, its picture, what it refuses, what runs teach it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import train_smoke
+from omniloom.cli import run_verb
+from omniloom.compose import preset
+
+LLAMA = ["model=llama_8b", "cluster=h100_1x8", "train.steps=1000", "train.global_batch_size=64", "train.precision=bf16"]
+CONTRACT = {
+    "params_total",
+    "params_active",
+    "kv_cache_bytes_per_token",
+    "forward_flops_per_token",
+    "train_flops",
+    "train_flops_6nd",
+    "memory_bytes_per_rank",
+    "fits",
+    "gpu_hours",
+    "cost_usd",
+}
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    run_verb("plan", list(words))
+    return capsys.readouterr().out
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    return json.loads(plan(capsys, *words, "--json"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run_verb("plan", list(words))
+    assert ended.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_json_has_the_contracts_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan_json(capsys, *LLAMA)
+    assert said.keys() >= CONTRACT
+    assert sum(said["memory_bytes_per_rank"].values()) == pytest.approx(said["memory_bytes_per_rank_total"], abs=9)
+    assert said["gpu_hours"] == pytest.approx(1_000 * said["step_s"] * 8 / 3_600)
+    assert said["cost_usd"] == pytest.approx(said["gpu_hours"] * 2.5)
+    assert said["step_s"] == pytest.approx(sum(said["step_s_by_part"].values()))
+    assert 0 < said["mfu"] < 1
+
+
+def test_a_no_go_ends_with_overrides_that_fit_when_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*LLAMA, "data.seq_len=8192"]
+    said = plan_json(capsys, *asked)
+    assert said["fits"] is False
+    assert len(said["alternatives"]) == 3
+    for one in said["alternatives"]:
+        assert plan_json(capsys, *asked, *one["overrides"])["fits"] is True
+    assert "no-go: memory " in plan(capsys, *asked)
+
+
+def test_the_terminal_shows_memory_stages_time_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, *LLAMA, "train.micro_batch_size=1", "train.activation_checkpointing=true")
+    for part in (
+        "weights",
+        "optimizer",
+        "ZeRO stage",
+        "with activation checkpointing",
+        "MFU",
+        "GPU-hours",
+        "kWh",
+        "go: ",
+    ):
+        assert part in said
+
+
+def test_a_price_that_is_not_known_leaves_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan_json(capsys, *LLAMA, "cluster.usd_per_device_hour=null")
+    assert said["cost_usd"] is None
+    assert said["gpu_hours"] > 0
+    assert "no cost: set cluster.usd_per_device_hour" in plan(capsys, *LLAMA, "cluster.usd_per_device_hour=null")
+
+
+def test_a_bandwidth_that_is_not_known_is_named_with_what_hangs_on_it(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan_json(capsys, *LLAMA, "cluster.node_bytes_per_s=null")
+    assert any("node_bytes_per_s" in key for key in said["missing"])
+    assert said["step_s"] is None
+    assert said["step_s_by_part"]
+    assert said["memory_bytes_per_rank_total"] > 0
+    assert "node_bytes_per_s" in plan(capsys, *LLAMA, "cluster.node_bytes_per_s=null")
+
+
+def test_media_get_their_share_of_a_corpus_that_is_there(
+    smoke_run: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = plan_json(capsys, "experiment=smoke", f"corpus={workspace}/corpora/smoke")
+    assert {f"activations ({name})" for name in ("text", "image", "audio", "video")} <= said[
+        "memory_bytes_per_rank"
+    ].keys()
+
+
+def test_a_finished_run_says_how_wrong_its_plan_was(
+    smoke_run: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = json.loads((smoke_run / "plan.json").read_text())
+    assert kept["cluster"] == "local"
+    assert kept["predicted"]["memory_bytes"] == pytest.approx(sum(kept["memory_by_part"].values()))
+    last = json.loads((smoke_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert kept["measured"]["memory_bytes"] == last["memory_added_bytes"] > 0
+    assert kept["measured"]["step_s"] > 0
+
+
+def test_a_band_is_printed_per_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, ratio in enumerate((0.9, 1.2, 1.1)):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        said = {"memory_bytes": 1e9, "step_s": 1.0, "tokens_per_s": 100.0}
+        measured = {name: ratio * value for name, value in said.items()}
+        record = {"cluster": "local", "ranks": 1, "predicted": said, "measured": measured}
+        (folder / "plan.json").write_text(json.dumps(record))
+    bands = plan_json(capsys, "model=tiny", f"runs_dir={tmp_path}")["measured_over_predicted"]
+    assert bands["step_s"] == {"runs": 3, "lowest": 0.9, "median": 1.1, "highest": 1.2}
+    assert "step time: 1.10 × predicted (0.90 to 1.20, 3 runs)" in plan(capsys, "model=tiny", f"runs_dir={tmp_path}")
+    assert plan_json(capsys, *LLAMA, f"runs_dir={tmp_path}")["measured_over_predicted"] == {}
+
+
+def test_architectures_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare=[gpt3_175b,deepseek_v3,omni_large,claude_large]", "cluster=h100_2x8", "data.seq_len=4096"]
+    words += ["train.precision=bf16", "train.tokens=1_000_000_000_000"]
+    said = {one["name"]: one for one in plan_json(capsys, *words)}
+    assert list(said) == ["gpt3_175b", "deepseek_v3", "omni_large", "claude_large"]
+    deepseek = said["deepseek_v3"]
+    assert deepseek["kv_cache_bytes_per_token"] == 70_272
+    assert deepseek["active_share"] == pytest.approx(36.6 / 671, rel=0.01)
+    for one in said.values():
+        head = one["forward_flops_per_token"] - one["attention_flops_per_token"] - one["feed_forward_flops_per_token"]
+        sizes = preset(one["name"])
+        assert head == pytest.approx(2 * sizes.vocab_size * sizes.hidden_size)
+        assert one["cost_usd"] == pytest.approx(2.5 * one["gpu_hours"])
+    assert said["gpt3_175b"]["document_tokens"] == 2_048
+    assert "deepseek_v3" in plan(capsys, *words)
+
+
+def test_the_picture_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(capsys, *LLAMA, f"plot={tmp_path}/plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cluster.workers=0"], "cluster.workers=0 must be at least 1"),
+        (["cluster/device=h20O"], "did you mean 'h200'"),
+        (
+            ["cluster=h100_1x8", "cluster.devices_per_node=4", "train.global_batch_size=64"],
+            "cluster.workers=8 are over",
+        ),
+        (["parallel.tensor=3"], "cluster.workers=1 must be a multiple of parallel.tensor=3"),
+        (["data.seq_len=8192"], "rows are longer than the model's context"),
+        (["cluster.node_bytes_per_s=-1"], "cluster.node_bytes_per_s=-1 must lie between"),
+        (["compare=[gpt4]"], "unknown model=gpt4; did you mean"),
+        (["plot=plan.jpg"], "plot=plan.jpg must end in .png"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_message(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, *words)
+    assert message.startswith("error: ")
+    assert said in message
+
+
+def test_training_refuses_what_only_planning_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_verb("train", ["corpus=corpora/none", "train.steps=200", "parallel.expert=2", "cluster.workers=2"])
+    assert "training shares a run by ZeRO alone so far" in capsys.readouterr().err
+
+
+def test_no_torch_is_imported_to_plan() -> None:
+    code = (
+        "import sys; from omniloom.cli import run_verb; "
+        "run_verb('plan', ['model=deepseek_v3', 'cluster=h100_2x8', 'train.global_batch_size=128', '--json']); "
+        "print(*sorted(set(sys.modules) & {'torch', 'ray', 'deepspeed', 'wandb', 'transformers', 'pyarrow'}))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == ""
+
+
+def test_activation_checkpointing_changes_no_step(smoke_run: Path, workspace: Path) -> None:
+    """Bit for bit: each layer's second run is its first."""
+    other = train_smoke(workspace, "checkpointing", "train.activation_checkpointing=true")
+    losses = [
+        [json.loads(line)["loss/next_token"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (smoke_run, other)
+    ]
+    assert losses[0] == losses[1]
