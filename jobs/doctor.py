@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omniloom.cluster.config import ClusterConfig
 from omniloom.cluster.local import is_guarded, read_local
 from omniloom.compose import run_job
-from omniloom.doctor import Finding, accelerator, deepspeed_ops, machine, versions, wandb_mode
+from omniloom.doctor import Finding, accelerator, counted, deepspeed_ops, machine, quiet, versions, wandb_mode
 from omniloom.errors import OmniloomError
 from omniloom.settings import DoctorSettings
 
@@ -39,6 +40,35 @@ def cluster(config: ClusterConfig) -> Iterator[Finding]:
         yield Finding("authentication", "warn", "the cluster runs the commands of anybody who reaches it", remedy)
 
 
+def measured(settings: DoctorSettings) -> Iterator[Finding]:
+    """What a rank of the cluster reaches; kept where the planner reads it."""
+    # Before the session: torch, loaded while Ray's threads start, now and then dies in its MKL.
+    from omniloom.cluster.launch import run_on_ranks
+    from omniloom.cluster.session import ray_session
+    from omniloom.plan.measured import describe, measurements_path, read_measurements
+    from omniloom.train.machine import Task, measure
+
+    runs_dir, name = Path(settings.runs_dir).absolute(), settings.cluster.name
+    task = Task(str(runs_dir), name)
+    yield quiet()
+    with ray_session(settings.cluster), counted(task.progress):
+        run_on_ranks(measure, task, settings.cluster)
+    found = read_measurements(runs_dir, name)
+    assert found is not None  # its rank 0 has just written it
+    for what, told in describe(found).items():
+        yield Finding(what, "ok", told)
+    yield Finding(
+        "measurements", "ok", f"kept at {measurements_path(runs_dir, name)}; `omniloom plan` reads them there"
+    )
+
+
+def rates_of(settings: DoctorSettings) -> dict[str, Any]:
+    """What `measured` has written down."""
+    from omniloom.plan.measured import measurements_path
+
+    return json.loads(measurements_path(Path(settings.runs_dir), settings.cluster.name).read_bytes())
+
+
 def main(settings: DoctorSettings) -> None:
     findings: list[Finding] = []
     rooms = [
@@ -47,6 +77,9 @@ def main(settings: DoctorSettings) -> None:
         (look() for look in (accelerator, deepspeed_ops, partial(wandb_mode, settings.track.wandb))),
         cluster(settings.cluster),
     ]
+    if settings.measure:
+        settings.cluster.check()
+        rooms.append(measured(settings))
     for room in rooms:
         for finding in room:
             findings.append(finding)
@@ -56,7 +89,8 @@ def main(settings: DoctorSettings) -> None:
                     print(f"{'':21} → {finding.remedy}")
     failed = [finding.name for finding in findings if finding.state == "fail"]
     if settings.json:
-        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
+        told = {"ok": not failed, "findings": [asdict(finding) for finding in findings]}
+        print(json.dumps(told | ({"measured": rates_of(settings)} if settings.measure else {})))
     elif failed:
         print(f"{len(failed)} of {len(findings)} do not hold: {', '.join(failed)}")
     sys.exit(1 if failed else 0)

@@ -6,7 +6,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
+from tqdm import tqdm
 
 GIB = 1 << 30
 DISK_FAIL_GIB, DISK_WARN_GIB, MEMORY_WARN_GIB, SHM_WARN_GIB = 1, 10, 4, 1
+BUSY_CORES = 0.3  # of other programs: more disturbs timings
 
 
 @dataclass
@@ -145,3 +149,37 @@ def wandb_mode(configured: str) -> Finding:
     if has_key:
         return Finding("wandb", "ok", f"online at {host}, with a key")
     return Finding("wandb", "fail", f"online at {host}, and there is no key", "wandb login, or track=wandb_offline")
+
+
+def quiet() -> Finding:
+    """Whether other programs compute here, which what is measured would suffer from."""
+    cores = os.cpu_count() or 1
+    busy = psutil.cpu_percent(interval=1.0) / 100 * cores
+    told = f"{busy:.1f} of {cores} cores were busy before measuring"
+    if busy > BUSY_CORES:
+        return Finding("load", "warn", told, "end other programs, then measure again: the planner trusts what it finds")
+    return Finding("load", "ok", told)
+
+
+@contextmanager
+def counted(progress: Path) -> Iterator[None]:
+    """Show the lines of a file that grows while the body runs: what has just been measured."""
+    stop = threading.Event()
+
+    def show() -> None:
+        with tqdm(desc="measuring", unit="") as bar:
+            while not stop.wait(0.3):
+                lines = progress.read_text().splitlines()
+                bar.set_postfix_str(lines[-1] if lines else "", refresh=False)
+                bar.update(len(lines) - bar.n)
+
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    progress.write_text("")
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        progress.unlink(missing_ok=True)

@@ -88,6 +88,13 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
 
 
+def _size(count: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:,.3g} {unit}"
+    return f"{count:,.0f} bytes"
+
+
 def _duration(seconds: float) -> str:
     for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
         if seconds >= size:
@@ -103,16 +110,17 @@ def _totals(plan: Plan) -> str:
     known = [f"{workload.steps:,} steps"]
     if cost.days is not None and cost.gpu_hours is not None:
         known += [_duration(cost.days * 86_400)]
-        known += [f"{cost.gpu_hours:,.4g} {'rank' if plan.hardware.device.name == 'cpu' else 'GPU'}-hours"]
+        known += [
+            f"{cost.gpu_hours:,.{0 if cost.gpu_hours >= 100 else 2}f} {'rank' if plan.hardware.device.name == 'cpu' else 'GPU'}-hours"
+        ]
     if cost.cost_usd is not None:
         known += [f"${cost.cost_usd:,.0f} at ${price:g}"]
     if cost.energy_kwh is not None:
-        known += [f"{cost.energy_kwh:,.4g} kWh"]
+        known += [f"{cost.energy_kwh:,.{0 if cost.energy_kwh >= 100 else 2}f} kWh"]
     absent = {"cost": "cluster.usd_per_device_hour", "energy": "cluster.device.watts"}
     figures = {"cost": price, "energy": plan.hardware.device.watts}
     missing = [f"no {name}: set {absent[name]}" for name, value in figures.items() if value is None]
-    disk = f"disk: {(cost.disk_bytes or 0) / GB:,.4g} GB, {cost.checkpoints} checkpoints of "
-    disk += f"{cost.checkpoint_bytes / GB:,.3g} GB"
+    disk = f"disk: {_size(cost.disk_bytes or 0)}, {cost.checkpoints} checkpoints of {_size(cost.checkpoint_bytes)}"
     return "\n".join([f"the whole run: {', '.join(known)}", disk, *missing])
 
 
