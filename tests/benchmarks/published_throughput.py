@@ -164,16 +164,17 @@ MEGATRON = Source(
 )
 SOURCES = (DEEPSEEK, TITAN_H100, TITAN_H200, TITAN_A100, MEGATRON)
 LEFT_OUT = """
-What this arithmetic leaves out. Kernels: all run at the rate of the largest products, of torch's own attention forward
-(on H100, H800 and H200; elsewhere as products), or of memory; attention's backward does not, nor does what is not compiled
-into one kernel (table 1's first line against its second), nor float8's scales and casts. Clocks: GPUs held to 500 W are reckoned at what others reach with
-700 W. Networks: latency, links slower than their name; ZeRO 3's exchanges are taken to hide behind all that is
-computed, those of tensors and experts behind nothing: async TP hides them, and DeepSeek-V3 sends a token in fp8 to at
-most four nodes, beside other products. Schedules: 1F1B over even shares of the layers, so that the last stage's heads
-come on top and set the pace; interleaved schedules and DualPipe have less of a bubble, and torchtitan's CP is a ring.
-Balance: each expert gets as many tokens as any other. Memory: what DeepSpeed would hold and not FSDP or Megatron, who
-also share out, by tokens, what TP ranks hold between the blocks; published is what the allocator reserved, free blocks
-included. Selective checkpointing lies between nothing recomputed and all.
+What this arithmetic leaves out. Kernels: all run at the rate of the largest products, of torch's own attention
+forward (on H100, H800 and H200; elsewhere as products), or of memory; attention's backward does not, nor does what is
+not compiled into one kernel (table 1's first line against its second), nor float8's scales and casts. Clocks: GPUs
+held to 500 W are reckoned at what others reach with 700 W. Networks: latency, links slower than their name; ZeRO 3's
+exchanges are taken to hide behind all that is computed, those of tensors and experts behind nothing: async TP hides
+them, and DeepSeek-V3 sends a token in fp8 to at most four nodes, beside other products. Schedules: 1F1B over even
+shares of the layers, so that the last stage's heads come on top and set the pace; interleaved schedules and DualPipe
+have less of a bubble, and torchtitan's CP is a ring. Balance: each expert gets as many tokens as any other. Memory:
+what DeepSpeed would hold and not FSDP or Megatron, who also share out, by tokens, what TP ranks hold between the
+blocks; published is what the allocator reserved, free blocks included. Selective checkpointing lies between nothing
+recomputed and all.
 """
 
 

@@ -88,6 +88,10 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
 
 
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:,.3g}"
+
+
 def _size(count: float) -> str:
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if count >= size:
@@ -110,13 +114,12 @@ def _totals(plan: Plan) -> str:
     known = [f"{workload.steps:,} steps"]
     if cost.days is not None and cost.gpu_hours is not None:
         known += [_duration(cost.days * 86_400)]
-        known += [
-            f"{cost.gpu_hours:,.{0 if cost.gpu_hours >= 100 else 2}f} {'rank' if plan.hardware.device.name == 'cpu' else 'GPU'}-hours"
-        ]
+        unit = "rank-hours" if plan.hardware.device.name == "cpu" else "GPU-hours"
+        known += [f"{_amount(cost.gpu_hours)} {unit}"]
     if cost.cost_usd is not None:
         known += [f"${cost.cost_usd:,.0f} at ${price:g}"]
     if cost.energy_kwh is not None:
-        known += [f"{cost.energy_kwh:,.{0 if cost.energy_kwh >= 100 else 2}f} kWh"]
+        known += [f"{_amount(cost.energy_kwh)} kWh"]
     absent = {"cost": "cluster.usd_per_device_hour", "energy": "cluster.device.watts"}
     figures = {"cost": price, "energy": plan.hardware.device.watts}
     missing = [f"no {name}: set {absent[name]}" for name, value in figures.items() if value is None]
