@@ -30,6 +30,7 @@ KEYS = {
     "step_s",
     "data_wait_s",
     "memory_peak_bytes",
+    "memory_added_bytes",  # above what the process held before the model
     "eta_s",
     "batch_hash",
     "router/1/load_max_over_mean",

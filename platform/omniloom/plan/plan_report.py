@@ -117,7 +117,7 @@ def _totals(plan: Plan) -> str:
         unit = "rank-hours" if plan.hardware.device.name == "cpu" else "GPU-hours"
         known += [f"{_amount(cost.gpu_hours)} {unit}"]
     if cost.cost_usd is not None:
-        known += [f"${cost.cost_usd:,.0f} at ${price:g}"]
+        known += [f"${_amount(cost.cost_usd)} at ${price:g}"]
     if cost.energy_kwh is not None:
         known += [f"{_amount(cost.energy_kwh)} kWh"]
     absent = {"cost": "cluster.usd_per_device_hour", "energy": "cluster.device.watts"}
