@@ -217,16 +217,17 @@ def test_plan_counts_the_tokens_of_the_run_and_says_so(capsys: pytest.CaptureFix
     run_verb("plan", ["model=gpt2_small", "--json"])
     without = json.loads(capsys.readouterr().out)
     assert (without["document_tokens"], without["train_tokens"], without["train_flops"]) == (1_024, None, None)
-    run_verb("plan", ["model=gpt2_small", "--json", "train.steps=10", "train.global_batch_size=4", "data.seq_len=512"])
+    batch = ["train.global_batch_size=4", "train.micro_batch_size=4"]
+    run_verb("plan", ["model=gpt2_small", "--json", "train.steps=10", *batch, "data.seq_len=512"])
     answer = json.loads(capsys.readouterr().out)
     assert (answer["document_tokens"], answer["train_tokens"]) == (512, 10 * 4 * 512)
     assert answer["train_flops_6nd"] == 6 * answer["params_active"] * 20_480
     assert answer["train_flops"] == 3 * answer["forward_flops_per_token"] * 20_480
     assert answer["kv_cache_bytes_per_token"] == 2 * 768 * 12 * 2
-    run_verb("plan", ["model=gpt2_small", "train.steps=10", "data.seq_len=4096"])
+    run_verb("plan", ["model=gpt2_small", "train.steps=10"])
     table = capsys.readouterr().out
-    assert "in documents of 1,024 tokens" in table  # no longer than its context
-    assert "FLOP over 1,310,720 tokens; 6·N·D " in table
+    assert "in documents of 1,024 tokens" in table
+    assert "FLOP over 327,680 tokens; 6·N·D " in table
     with pytest.raises(SystemExit):
         run_verb("plan", ["model=gpt2_small", "train.steps=-3"])
     assert "train.steps=-3 must be at least 1" in capsys.readouterr().err

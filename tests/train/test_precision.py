@@ -96,8 +96,8 @@ def partition_all(engines: Any) -> None:
     """ZeRO 3 shards even parameters as small as these; the loss scale begins where fp16 overflows a few times."""
     ours = engines.deepspeed_config
 
-    def config(run: TrainingRun, ranks: int) -> dict[str, Any]:
-        answer = ours(run, ranks)
+    def config(run: TrainingRun, ranks: int, parameters: int) -> dict[str, Any]:
+        answer = ours(run, ranks, parameters)
         if run.parallel.zero_stage == 3:
             answer["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         if run.run == "overflows":

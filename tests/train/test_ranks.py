@@ -114,9 +114,9 @@ def train_on_rows(job: Job) -> None:
     faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=sys.__stderr__)
     ours = engines.deepspeed_config
 
-    def partitioned(run: TrainingRun, ranks: int) -> dict[str, Any]:
+    def partitioned(run: TrainingRun, ranks: int, parameters: int) -> dict[str, Any]:
         # By default ZeRO 3 keeps small parameters whole on every rank: all of a tiny model's.
-        answer = ours(run, ranks)
+        answer = ours(run, ranks, parameters)
         if job.zero_stage == 3:
             answer["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return answer
