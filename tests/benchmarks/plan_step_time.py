@@ -1,7 +1,8 @@
 """Predicted against measured step time, after measuring this machine's peaks once: shapes that no peak was measured on.
 
 Real training steps (engine and all) in ranks of a job, each shape in processes of its own, on made-up rows that one
-document fills: `python tests/benchmarks/plan_step_time.py [shape …]`. Needs a quiet machine and some minutes.
+document fills: `python tests/benchmarks/plan_step_time.py [shape …]`. Needs a quiet machine and some minutes: where a
+step took much longer than rank 0 computed, others were in the way.
 """
 
 import json
@@ -145,14 +146,15 @@ def train_steps(asked: tuple[Shape, str]) -> None:
             audio=np.zeros((0, 1), np.float16), audio_frames=np.zeros(0, np.int32),
         )  # fmt: skip
 
-    took = []
+    took, computed = [], []
     for _ in range(WARM_UP + STEPS):
         batches = [Batch([row() for _ in range(shape.micro_batch_size)]) for _ in range(shape.accumulation)]
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.process_time()
         training_step(engine, model, batches, torch.ones(1), run.train, 0.5)
         took.append(time.perf_counter() - start)
+        computed.append(time.process_time() - begun)
     if engine.rank == 0:
-        Path(path).write_text(json.dumps({"threads": torch.get_num_threads(), "seconds": took}))
+        Path(path).write_text(json.dumps({"threads": torch.get_num_threads(), "seconds": took, "computed": computed}))
     shut_down()
 
 
@@ -185,9 +187,11 @@ def main() -> None:
                 millions = (counted.params_total + counted.params_mtp) / 1e6
                 ratios[str(shape)] = step.total_s / median
                 parts = ", ".join(f"{part} {took:.2f}" for part, took in step.seconds.items())
+                core = statistics.median(answer["computed"][WARM_UP:])
                 spread = f"{min(answer['seconds'][WARM_UP:]):.2f} … {max(answer['seconds'][WARM_UP:]):.2f}"
                 print(
-                    f"{shape} {millions:5.0f}M  predicted {step.total_s:6.2f} s  measured {median:6.2f} s ({spread})  "
+                    f"{shape} {millions:5.0f}M  predicted {step.total_s:6.2f} s  measured {median:6.2f} s ({spread}; "
+                    f"{core:.2f} on its core)  "
                     f"ratio {step.total_s / median:.2f}   {parts}; load {os.getloadavg()[0]:.1f}",
                     flush=True,
                 )

@@ -189,4 +189,7 @@ def peak_memory_bytes() -> int:
     """The most that this rank has held so far: of its GPU, or of the machine's memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's maximum may be that of the process that started this one
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
