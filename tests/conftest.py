@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 os.environ["WANDB_MODE"] = "offline"
+# Libraries that find matplotlib import it, and it keeps a list of fonts in the home directory.
+os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir()) / "omniloom-matplotlib")
 os.environ.pop("RAY_ADDRESS", None)  # never somebody else's cluster
 
 
