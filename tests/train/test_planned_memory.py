@@ -19,7 +19,6 @@ ALL = [
 ]
 # Each shape, each stage and each number of ranks in few runs; `make soak` has them all.
 FEW = [case for i, case in enumerate(ALL) if i in (1, 2, 10, 13, 16, 22, 23)]
-FEW += [{"shape": "gpt", "zero_stage": 3, "ranks": 2, "checkpointing": True}]
 
 
 def measured_bytes(case: dict[str, Any]) -> float:
