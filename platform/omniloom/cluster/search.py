@@ -26,6 +26,7 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from omniloom.cluster.config import Choice, ClusterConfig, Interval, Space, SweepConfig
 from omniloom.cluster.session import IN_A_JOB, die_with_parent
+from omniloom.cluster.whole_files import whole_files
 from omniloom.errors import ClusterError
 
 Status = Literal["waiting", "running", "finished", "pruned", "failed"]
@@ -121,7 +122,9 @@ def _tuner(asked: Search, watcher: "_Watcher") -> tune.Tuner:
     )
     domains = {key: _domain(values, config.search == "grid") for key, values in space.items()}
     if _remembers_trials(folder):
-        tuner = tune.Tuner.restore(str(folder), trainable, param_space=domains, resume_errored=True)
+        tuner = tune.Tuner.restore(
+            str(folder), trainable, param_space=domains, resume_errored=True, storage_filesystem=whole_files()
+        )
         # Everything else it was made with has been restored.
         tuner._local_tuner.get_run_config().callbacks = [watcher]
         return tuner
@@ -145,6 +148,7 @@ def _tuner(asked: Search, watcher: "_Watcher") -> tune.Tuner:
         run_config=tune.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
+            storage_filesystem=whole_files(),  # Tune's own copies may be half written when it is killed
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a pruned trial need not have one
             callbacks=[watcher],
@@ -160,7 +164,7 @@ def _remembers_trials(folder: Path) -> bool:
         if states and tune.Tuner.can_restore(folder) and json.loads(states[-1].read_text())["trial_data"]:
             return True
     except ValueError:
-        pass  # killed while Tune wrote: the trials, whose runs are all there, are gone through again
+        pass  # a disk lost it: the trials, whose runs are all there, are gone through again
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
