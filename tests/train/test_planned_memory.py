@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from planned_memory_shapes import SHAPES, run_of
 
+from omniloom.cluster.local import WORKER_ENVIRONMENT
 from omniloom.plan.memory import count_memory
 
 WITHIN, LEAST_BYTES = 0.10, 1e9
@@ -28,7 +29,7 @@ def measured_bytes(case: dict[str, Any]) -> float:
         port = free.getsockname()[1]
     script = str(Path(__file__).with_name("planned_memory_rank.py"))
     shared = {"WORLD_SIZE": str(case["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1"}
+    shared |= {"OMP_NUM_THREADS": "1", **WORKER_ENVIRONMENT}  # as in a run
     ranks = [
         subprocess.Popen(
             [sys.executable, script, json.dumps(case)],

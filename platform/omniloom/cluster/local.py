@@ -28,8 +28,9 @@ START_S, STOP_S = 120.0, 15.0
 UP = "up"
 # Of every process of a cluster on this machine, for its workers inherit it.
 WORKER_ENVIRONMENT = {
-    # A model's large tensors come from the heap that is kept, not from fresh pages each time.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    # Tensors come from the heap that is kept, not from fresh pages each time; those of 32 MiB and more, whose holes
+    # nothing else would fill, are given back. plan.memory counts on both.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # at Ray's 2 s a short run mostly waits
 }

@@ -21,10 +21,10 @@ from omniloom.plan.sharding import Shards, layers_of_fullest_stage, shard
 
 WEIGHT_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 LIVE_NUMBERS = 1_000_000_000  # that ZeRO 3 keeps gathered: stage3_max_live_parameters
-HEAP_BYTES = 32 << 20  # glibc maps larger tensors and gives them back; smaller ones stay in its heap
+HEAP_BYTES = 32 << 20  # a CPU rank's larger tensors are given back, smaller ones stay in its heap (cluster/local.py)
 # Blocks of one size cannot serve another: of a CPU's heap, as measured; of all that a GPU's allocator holds, a round
 # figure.
-HEAP_FRAGMENTATION, GPU_FRAGMENTATION = 0.15, 0.05
+HEAP_FRAGMENTATION, GPU_FRAGMENTATION = 0.40, 0.05
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def count_memory(workload: Workload, on_cpu: bool = False) -> Memory:
         room = max(_first_gradients(workload, shards), small - _total(heap))  # beyond what the heap has already
         heap = heap | {"gradients": room}
         ends = {"gradients": gradients - small, "buffers": exchange}
-        heap["fragmentation"] = HEAP_FRAGMENTATION * _total(heap)
+        passing = _total(heap) + held.get("gathered weights", 0.0) * (1 - _large_share(workload))
+        heap["fragmentation"] = HEAP_FRAGMENTATION * passing
         moments = {"backward": max(_sum(heap, begins), _sum(heap, ends), key=_total), "step": _sum(heap, step)}
     else:
         moments = {"backward": max(_sum(activations, begins), ends, key=_total), "step": step}

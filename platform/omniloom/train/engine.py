@@ -1,5 +1,6 @@
 """DeepSpeed: the one place that knows it. Our configuration in, a sharded engine out."""
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Engine:
             model_parameters=parameter_groups(module, run.optimizer),
             config=deepspeed_config(run, self.ranks, sum(p.numel() for p in module.parameters())),
         )
+        _trim_heap()
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.zero_stage = run.parallel.zero_stage
@@ -173,6 +175,13 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
+
+
+def _trim_heap() -> None:
+    """Give back what building and sharding the model has freed: glibc keeps it, in holes that fit little else."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def shut_down() -> None:
