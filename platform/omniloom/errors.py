@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+LEAST_LIKENESS, OF_A_BEGINNING = 0.5, 0.95
+
 
 class OmniloomError(Exception):
     """Base of every error whose message is meant for the user; the command line prints it without a traceback."""
@@ -34,7 +36,14 @@ def refuse_unless_one_of(key: str, value: str, valid: Iterable[str]) -> None:
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Say which valid name is nearest to `name`, or list them all when none is near."""
     names = sorted(set(valid))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean '{near[0]}'?"
+    near = max(names, key=lambda other: _likeness(name, other), default="")
+    if near and _likeness(name, near) >= LEAST_LIKENESS:
+        return f"did you mean '{near}'?"
     return f"valid: {', '.join(names)}" if names else "there is none"
+
+
+def _likeness(name: str, valid: str) -> float:
+    """From 0 to 1, whatever the case; who wrote the beginning of a name alone (h100, for h100_sxm) meant that name."""
+    name, valid = name.casefold(), valid.casefold()
+    whole, beginning = (difflib.SequenceMatcher(None, other, name).ratio() for other in (valid, valid[: len(name)]))
+    return max(whole, OF_A_BEGINNING * beginning)
