@@ -49,7 +49,7 @@ def measured(settings: DoctorSettings) -> Iterator[Finding]:
     from omniloom.train.machine import Task, measure
 
     runs_dir, name = Path(settings.runs_dir).absolute(), settings.cluster.name
-    task = Task(str(runs_dir), name)
+    task = Task(str(runs_dir), name, settings.cluster.device.name)
     yield quiet()
     with ray_session(settings.cluster), counted(task.progress):
         run_on_ranks(measure, task, settings.cluster)

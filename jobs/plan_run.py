@@ -10,9 +10,7 @@ from omniloom.settings import PlanSettings
 def main(settings: PlanSettings) -> None:
     settings.check()
     from omniloom.plan.compare import compare
-    from omniloom.plan.memory import by_stage
     from omniloom.plan.plan_report import compared, told
-    from omniloom.plan.planner import is_cpu
     from omniloom.planning import bands_of, measurements_of, plan_of
 
     if settings.compare:
@@ -20,20 +18,22 @@ def main(settings: PlanSettings) -> None:
         like = settings.workload(settings.cluster.workers)
         tokens = None if like.steps is None else like.steps * like.tokens_per_step
         architectures = compare(models, like, settings.cluster, tokens, measurements_of(settings))
-        print(json.dumps([one.as_dict() for one in architectures]) if settings.json else compared(architectures))
+        if settings.json:
+            print(json.dumps([one.as_dict() for one in architectures]))
+        else:
+            print(compared(architectures, settings.cluster, like.precision))
         return
     plan, bands = plan_of(settings), bands_of(settings)
-    stages = by_stage(plan.workload, is_cpu(plan.hardware))
     if settings.plot is not None:
         from omniloom.plan.plan_plot import write_plot
 
-        write_plot(plan, stages, Path(settings.plot))
+        write_plot(plan, Path(settings.plot))
     if settings.json:
         from omniloom.plan.accuracy import as_dict
 
         print(json.dumps(plan.as_dict() | {"measured_over_predicted": as_dict(bands)}))
     else:
-        print(told(plan, stages, bands))
+        print(told(plan, bands))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def main(settings: TrainSettings) -> None:
             print(settings.batch_terms(settings.cluster.workers))
             plan = plan_of(settings)
             print(told_in_a_line(plan))
-            write_plan(run, record_of(plan))
+            begun = newest_state(run)
+            write_plan(run, record_of(plan), begun.step if begun else 0)
             with reported(run), running(run), follow(run, settings.steps):
                 stop, failed = partial(ask_to_stop, run), partial(record_failure, run)
                 stopped = run_on_ranks(train, settings, settings.cluster, stop, failed)

@@ -82,7 +82,7 @@ def main(words: list[str]) -> None:
         from omniloom.planning import refuse_no_go, told_in_a_line
 
         print(told_in_a_line(refuse_no_go(settings)), file=sys.stderr if how["as_json"] else sys.stdout)
-        overrides[:] = [word for word in overrides if word != "force=true"]  # meant the plan, not the corpus
+        overrides[:] = [word for word in overrides if not word.startswith("force=")]  # meant the plan, not the corpus
 
     def one(settings: Any) -> None:
         settings.check()

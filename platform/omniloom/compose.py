@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, IntegerNode, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from omniloom.cli import HYDRA_FLAGS
@@ -34,6 +35,7 @@ FREE_MAPPINGS = (  # whose keys are the user's own
     "task_args",
     "data.weights",
     "data.loss_weights",
+    "shares",
     "cluster.env",
     "cluster.device.peak_flops_per_s",
     "cluster.device.matmul_flops_per_s",
@@ -75,7 +77,8 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
     debug = "--debug" in sys.argv
     free = [key for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS]
     mappings = tuple(f"{key}{end}" for key in free for end in ".=")
-    sys.argv = [_as_override(word, mappings) for word in sys.argv if word != "--debug"]
+    whole_numbers = {key for key, node in _flat_nodes(OmegaConf.structured(schema)) if isinstance(node, IntegerNode)}
+    sys.argv = [_as_override(word, mappings, whole_numbers) for word in sys.argv if word != "--debug"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us: the one message is ours to write
     ConfigStore.instance().store(name=f"{extends or job}_schema", node=schema)
 
@@ -202,10 +205,14 @@ def _one_message(schema: type, debug: bool) -> Iterator[None]:
         sys.exit(1)
 
 
-def _as_override(word: str, mappings: tuple[str, ...]) -> str:
-    """--json is json=true and so on; a key inside a free mapping needs no + of Hydra's."""
+def _as_override(word: str, mappings: tuple[str, ...], whole_numbers: set[str]) -> str:
+    """--json is json=true and so on; 1e12 is a whole number where one is asked for; a key inside a free mapping needs
+    no + of Hydra's."""
     if word in FLAGS:
         return FLAGS[word]
+    key, _, value = word.partition("=")
+    if key in whole_numbers and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,3}", value) and Decimal(value) % 1 == 0:
+        return f"{key}={Decimal(value):.0f}"
     return f"++{word}" if word.startswith(mappings) else word
 
 
@@ -269,13 +276,15 @@ def _quoted(pattern: str, text: str) -> str | None:
     return match.group(1) if match else None
 
 
-def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
+def flat_keys(config: DictConfig) -> list[str]:
     """Every settable key of a configuration, dotted."""
-    keys: list[str] = []
+    return [key for key, _ in _flat_nodes(config)]
+
+
+def _flat_nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name in map(str, config):
         node = config._get_node(name)
         if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            keys += flat_keys(node, f"{prefix}{name}.")
+            yield from _flat_nodes(node, f"{prefix}{name}.")
         else:
-            keys.append(f"{prefix}{name}")
-    return keys
+            yield f"{prefix}{name}", node

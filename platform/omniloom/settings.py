@@ -11,9 +11,10 @@ from typing import Any
 from omniloom.cluster.config import ClusterConfig, LocalClusterConfig, SweepConfig
 from omniloom.data.config import CorpusConfig
 from omniloom.errors import ConfigError, did_you_mean, refuse_unless_one_of
+from omniloom.modality.config import ModalityConfig
 from omniloom.plan.config import HardwareConfig
 from omniloom.track.config import TrackConfig
-from omniloom.train.config import OPTIMIZERS, TrainingRun
+from omniloom.train.config import TrainingRun
 
 
 @dataclass
@@ -68,6 +69,7 @@ class PlanSettings(TrainSettings):
     """What a train job would take."""
 
     compare: list[str] = field(default_factory=list)  # models, side by side
+    shares: dict[str, float] = field(default_factory=dict)  # of the tokens, by medium; else the corpus's, or all text
     plot: str | None = None  # a png
     json: bool = False
 
@@ -79,7 +81,19 @@ class PlanSettings(TrainSettings):
         self.parallel.check()
         self.cluster.check_workers()
         self.cluster.check_hardware()
-        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, OPTIMIZERS)
+        self.check_engine()
+        if self.train.steps is not None and self.train.tokens is not None:
+            raise ConfigError(
+                f"say how long once: train.steps={self.train.steps} or train.tokens={self.train.tokens}, not both"
+            )
+        for medium, share in self.shares.items():
+            refuse_unless_one_of("shares", medium, ModalityConfig.__dataclass_fields__)
+            if not 0 <= share <= 1:
+                raise ConfigError(f"shares.{medium}={share} must lie between 0 and 1")
+        if sum(self.shares.values()) > 1:
+            raise ConfigError(f"the media's shares of the tokens are {sum(self.shares.values()):g} in all, over 1")
+        if self.compare and self.plot:
+            raise ConfigError(f"compare prints a table and has no picture: leave out plot={self.plot}")
         if not self.compare:
             self.check_context()
         _check_plot(self.plot)

@@ -167,7 +167,7 @@ def main() -> None:
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:
         cluster = ClusterConfig(workers=max(shape.ranks for shape in shapes))
-        task = Task(folder, "here")
+        task = Task(folder, "here", "cpu")
         task.progress.parent.mkdir()
         with ray_session(cluster):
             run_on_ranks(measure, task, cluster)

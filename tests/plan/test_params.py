@@ -196,7 +196,16 @@ def test_plan_prints_one_json_object_and_nothing_else(capsys: pytest.CaptureFixt
 
 
 def test_plan_takes_the_keys_of_train_and_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    run_verb("plan", ["experiment=smoke", "model.num_hidden_layers=1", "data.seq_len=32", "optimizer.kind=muon"])
+    run_verb(
+        "plan",
+        [
+            "experiment=smoke",
+            "model.num_hidden_layers=1",
+            "data.seq_len=32",
+            "parallel.zero_stage=0",
+            "optimizer.kind=muon",
+        ],
+    )
     table = capsys.readouterr().out
     smoke = preset("smoke")
     smoke.num_hidden_layers = 1

@@ -1,14 +1,17 @@
 """`omniloom plan` as it is typed: what it prints, its keys, its picture, what it refuses, what runs teach it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import train_smoke
+from conftest import REPOSITORY, train_smoke
 from omniloom.cli import run_verb
 from omniloom.compose import preset
+from omniloom.plan.config import Measurements, Rates
+from omniloom.plan.measured import write_measurements
 
 LLAMA = ["model=llama_8b", "cluster=h100_1x8", "train.steps=1000", "train.global_batch_size=64", "train.precision=bf16"]
 CONTRACT = {
@@ -118,12 +121,93 @@ def test_a_band_is_printed_per_cluster(tmp_path: Path, capsys: pytest.CaptureFix
         folder.mkdir()
         said = {"memory_bytes": 1e9, "step_s": 1.0, "tokens_per_s": 100.0}
         measured = {name: ratio * value for name, value in said.items()}
-        record = {"cluster": "local", "ranks": 1, "predicted": said, "measured": measured}
+        record = {"cluster": "local", "device": "cpu", "after_step": 0, "predicted": said, "measured": measured}
         (folder / "plan.json").write_text(json.dumps(record))
     bands = plan_json(capsys, "model=tiny", f"runs_dir={tmp_path}")["measured_over_predicted"]
     assert bands["step_s"] == {"runs": 3, "lowest": 0.9, "median": 1.1, "highest": 1.2}
     assert "step time: 1.10 × predicted (0.90 to 1.20, 3 runs)" in plan(capsys, "model=tiny", f"runs_dir={tmp_path}")
     assert plan_json(capsys, *LLAMA, f"runs_dir={tmp_path}")["measured_over_predicted"] == {}
+
+
+def test_plans_that_cannot_be_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in {
+        "empty": "",
+        "cut": '{"cluster": "lo',
+        "foreign": '{"measured": {"x": 1}}',
+        "list": "[]",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(content)
+    run_verb("plan", ["model=tiny", f"runs_dir={tmp_path}", "--json"])
+    answer = capsys.readouterr()
+    assert json.loads(answer.out)["measured_over_predicted"] == {}
+    assert f"not used: 4 damaged plans, the first {tmp_path}/cut/plan.json" in answer.err
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"shards": [{"split": "train"}]}'])
+def test_a_damaged_index_is_told(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "index.json").write_text(content)
+    assert f"{tmp_path}/index.json is no corpus index" in refused(capsys, "model=tiny", f"corpus={tmp_path}")
+
+
+def test_measurements_of_another_device_are_left_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "machines").mkdir()
+    rates = Rates(1, {"fp32": 1e11}, {"fp32": [(256.0, 1e10)]}, {"fp32": [(256.0, 1e10)]}, {"fp32": 1e10},
+                  [(1e6, 1e10)], [(1e6, 1e10)], 1e-5)  # fmt: skip
+    write_measurements(Measurements("here", "2026-01-01", "2.13", "cpu", "cpu", 1, [rates]), tmp_path, "local")
+    words = ["model=tiny_gpt", "train.steps=10", f"runs_dir={tmp_path}", "--json"]
+    assert plan_json(capsys, *words)["step_s"] > 0
+    run_verb("plan", [*words, "cluster/device=h100_sxm"])
+    answer = capsys.readouterr()
+    assert json.loads(answer.out)["step_s"] < 0.1
+    assert "not used: cluster local was measured with cpu, not h100_sxm" in answer.err
+    (tmp_path / "machines" / "local.json").write_text("{}")
+    run_verb("plan", words)
+    answer = capsys.readouterr()
+    assert json.loads(answer.out)["step_s"] is None
+    assert "not used: " in answer.err
+    assert "measure again with `omniloom doctor measure=true`" in answer.err
+
+
+def test_this_machines_memory_says_nothing_of_a_named_cluster(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plan_json(capsys, "model=tiny")["fits"] is True
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert plan_json(capsys, "model=tiny")["fits"] is None
+
+
+def test_media_may_be_said_to_have_a_share(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan_json(capsys, "model=tiny_omni", "shares.image=0.25", "shares.audio=0.25")
+    parts = said["memory_bytes_per_rank"]
+    assert {"activations (text)", "activations (image)", "activations (audio)"} <= parts.keys()
+
+
+def test_every_stage_is_there_by_part(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan_json(capsys, *LLAMA)["memory_bytes_by_stage"]
+    assert [(one["zero_stage"], one["activation_checkpointing"]) for one in said] == [
+        (stage, on) for stage in range(4) for on in (False, True)
+    ]
+    for one in said:
+        assert sum(one["parts"].values()) == pytest.approx(one["total"], abs=9)
+
+
+def test_rows_that_come_slower_than_they_are_learned_are_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = plan_json(capsys, *LLAMA, "cluster.storage_bytes_per_s=1e10")
+    slow = plan_json(capsys, *LLAMA, "cluster.storage_bytes_per_s=1e4")
+    tokens = 64 * 1_024
+    assert "data loading" not in quick["step_s_by_part"]
+    assert slow["step_s"] == pytest.approx(tokens * 18 / 1e4)
+    assert slow["step_s_by_part"]["data loading"] == pytest.approx(slow["step_s"] - quick["step_s"])
+
+
+def test_the_examples_of_the_help_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    help_text = (REPOSITORY / "conf" / "plan_run.yaml").read_text().replace("\\\n", " ")
+    examples = [line.split("omniloom plan ")[1] for line in help_text.splitlines() if "  omniloom plan " in line]
+    examples = [shlex.split(example) for example in examples if "SWEEP" not in example]
+    assert len(examples) >= 5
+    for words in examples:
+        assert plan(capsys, *(word for word in words if not word.startswith("plot="))).strip(), words
 
 
 def test_architectures_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +247,12 @@ def test_the_picture_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["compare=[gpt4]"], "unknown model=gpt4; did you mean"),
         (["plot=plan.jpg"], "plot=plan.jpg must end in .png"),
         (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
+        (["shares.imag=0.1"], "shares=imag is none of image, audio, video; did you mean 'image'?"),
+        (["shares.image=0.7", "shares.video=0.5"], "the media's shares of the tokens are 1.2 in all, over 1"),
+        (["train.steps=10", "train.tokens=1e6"], "say how long once: train.steps=10 or train.tokens=1000000, not both"),
+        (["compare=[tiny]", "plot=plan.png"], "compare prints a table and has no picture: leave out plot=plan.png"),
+        (["train.precision=fp16", "parallel.zero_stage=0"], "train.precision=fp16 needs parallel.zero_stage=1, 2 or 3"),
+        (["cluster.workers=1000"], "cluster.workers=1000 ranks of 0.7 GB"),
     ],
 )
 def test_what_cannot_be_planned_is_one_message(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from test_params import preset
 
 from omniloom.errors import ConfigError
+from omniloom.plan.alternatives import KEYS
 from omniloom.plan.config import DeviceConfig, HardwareConfig, Workload
 from omniloom.plan.memory import count_memory
-from omniloom.plan.planner import KEYS, make_plan
+from omniloom.plan.planner import make_plan
 
 FIELDS = {key: name for name, key in KEYS.items()}
 H100 = DeviceConfig("h100", 80_000_000_000, {"bf16": 989e12}, memory_bytes_per_s=3.35e12, watts=700)
@@ -100,6 +101,11 @@ def test_memory_that_is_not_known_leaves_the_verdict_open() -> None:
         ({"tensor": 8, "ranks": 8, "sequence": 2}, "= 16"),
         ({"sizes": preset("mixtral_8x7b"), "expert": 3}, "= 8 is no multiple"),
         ({"sizes": preset("mixtral_8x7b"), "ranks": 16, "expert": 16}, "model.n_routed_experts=8 must be a multiple"),
+        ({"expert": 8}, "parallel.expert=8 shares experts, and the model has none"),
+        ({"tensor": 16, "ranks": 16}, "model.num_key_value_heads=8 must be a multiple of parallel.tensor=16"),
+        ({"tensor": 8, "sequence": 8, "ranks": 64}, "heads=32 must be a multiple of parallel.tensor=8 × parallel.seq"),
+        ({"sizes": replace(preset("llama_8b"), hidden_size=10**10)}, "look at its sizes"),
+        ({"steps": 10**14}, "tokens, over 1e+18"),
         ({"sizes": replace(preset("llama_8b"), num_attention_heads=12, hidden_size=4_128), "tensor": 8}, "heads=12"),
         ({"seq_len": 4_097, "sequence": 2}, "data.seq_len=4097 must be a multiple of parallel.sequence=2"),
         ({"pipeline": 64, "ranks": 64}, "parallel.pipeline=64 is over model.num_hidden_layers=32"),
@@ -117,6 +123,40 @@ def test_more_ranks_than_devices_are_refused() -> None:
         ConfigError, match=r"cluster.workers=16 are over cluster.nodes=1 × cluster.devices_per_node=8 = 8"
     ):
         make_plan(replace(LLAMA, ranks=16, micro_batch_size=1), NODE)
+
+
+def test_what_training_refuses_is_no_alternative() -> None:
+    plan = make_plan(LLAMA, NODE, is_allowed=lambda one: one.zero_stage in (0, 3))
+    assert plan.alternatives
+    assert {applied(LLAMA, one.overrides).zero_stage for one in plan.alternatives} <= {0, 3}
+
+
+def test_a_pipeline_keeps_whole_gradients() -> None:
+    asked = replace(LLAMA, sizes=preset("gpt3_175b"), seq_len=2_048, ranks=128, pipeline=16, global_batch_size=1_024)
+    plan = make_plan(asked, replace(NODE, nodes=16))
+    assert plan.fits is False
+    assert plan.alternatives
+    assert all(applied(asked, one.overrides).zero_stage < 2 for one in plan.alternatives)
+
+
+def test_a_growth_whose_time_is_not_known_names_the_key() -> None:
+    asked = Workload(preset("mixtral_8x7b"), 4_096, 512, 8, ranks=8, zero_stage=3, precision="bf16")
+    alternatives = make_plan(asked, replace(NODE, network_bytes_per_s=None)).alternatives
+    grown = [one for one in alternatives if any("cluster.nodes" in word for word in one.overrides)]
+    assert grown
+    assert all(one.step_s is None and "cluster.network_bytes_per_s" in one.missing for one in grown)
+
+
+def test_every_missing_key_has_the_figures_that_hang_on_it() -> None:
+    bare = replace(NODE, usd_per_device_hour=None, device=replace(H100, watts=None, memory_bytes_per_s=None))
+    missing = make_plan(LLAMA, bare).missing
+    assert missing.keys() == {
+        "cluster.device.memory_bytes_per_s",
+        "cluster.usd_per_device_hour",
+        "cluster.device.watts",
+    }
+    assert {"step_s", "days", "gpu_hours", "elementwise"} <= set(missing["cluster.device.memory_bytes_per_s"])
+    assert missing["cluster.usd_per_device_hour"] == ["cost_usd"]
 
 
 @settings(max_examples=25, deadline=None)

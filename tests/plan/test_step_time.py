@@ -265,7 +265,9 @@ RATES = Rates(
     operation_s=0.0,
     collectives={kind: Exchange(0.0, 1e9) for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")},
 )
-MEASURED = Measurements("here", "2026-01-01", "2.13", "cpu", 1, [RATES, replace(RATES, ranks=2, operation_s=1e-3)])
+MEASURED = Measurements(
+    "here", "2026-01-01", "2.13", "cpu", "cpu", 1, [RATES, replace(RATES, ranks=2, operation_s=1e-3)]
+)
 
 
 def test_what_was_measured_takes_the_place_of_what_is_described() -> None:

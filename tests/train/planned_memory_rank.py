@@ -1,7 +1,7 @@
 """One rank of test_planned_memory.py: real engine, real steps; the operating system says what they held.
 
-usage: planned_memory_rank.py JSON, where JSON is {"shape", "zero_stage", "precision", "checkpointing"}; the environment
-names rank and ranks, as torch.distributed reads them
+usage: planned_memory_rank.py JSON, where JSON is a case, as `run_of` reads it; the environment names rank and ranks, as
+torch.distributed reads them
 """
 
 import json
@@ -44,7 +44,8 @@ def main() -> None:
     model.activation_checkpointing = run.train.activation_checkpointing
     engine = Engine(model, run)
     for _ in range(STEPS):
-        training_step(engine, model, [RandomBatch(run)], torch.ones(1), run.train, 1.0)
+        batches = [RandomBatch(run) for _ in range(engine.accumulation)]
+        training_step(engine, model, batches, torch.ones(1), run.train, 1.0)
     (added,) = engine.max_over_ranks([peak_memory_bytes() - footprint])
     shut_down()
     if os.environ["RANK"] == "0":

@@ -31,7 +31,7 @@ def numbers(rates: Rates) -> list[float]:
 def measured_on(workers: int, folder: Path) -> Measurements:
     from omniloom.cluster.launch import run_on_ranks
 
-    task = BRIEF(str(folder), "brief")
+    task = BRIEF(str(folder), "brief", "cpu")
     task.progress.parent.mkdir()
     run_on_ranks(measure, task, ClusterConfig(workers=workers))
     assert len(task.progress.read_text().splitlines()) > 15

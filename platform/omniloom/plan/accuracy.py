@@ -35,13 +35,12 @@ class PlannedRun:
     """A run's plan, and what it measured once it was finished."""
 
     run: str
-    cluster: str
-    ranks: int
+    cluster: tuple[str, str]  # its name, and its device's
     predicted: Prediction
     measured: Prediction | None = None
 
 
-def learn(runs: Iterable[PlannedRun], cluster: str) -> dict[str, Band]:
+def learn(runs: Iterable[PlannedRun], cluster: tuple[str, str]) -> dict[str, Band]:
     """The bands of a cluster's runs, by quantity; nothing where no finished run has both numbers."""
     ratios: dict[str, list[float]] = {name: [] for name in QUANTITIES}
     for run in runs:

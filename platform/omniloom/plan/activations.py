@@ -120,14 +120,15 @@ def head_bytes(sizes: Sizes, numerics: Numerics) -> HeadBytes:
     return HeadBytes(one * (1 + sizes.num_nextn_predict_layers), passing)
 
 
-def ends_bytes(sizes: Sizes, numerics: Numerics) -> float:
-    """Outside of layers and head: the ids, RoPE's table, the final norm, and of each prediction module its junction's
-    two norms and its own."""
+def ends_bytes(sizes: Sizes, numerics: Numerics, has_head: bool = True) -> float:
+    """Outside of layers and head: the ids, RoPE's table, the convolution; before the head the final norm, and of each
+    prediction module its junction's two norms and its own."""
     norm = numerics.norm(sizes.hidden_size, sizes.norm)
     rope = 4 * sizes.rotary_width if sizes.position == "rope" else 0
     convolution = (sizes.embedding_conv_tokens or 0) * numerics.residual * sizes.hidden_size
     junction = 3 * norm + numerics.compute * 2 * sizes.hidden_size
-    return 5 + rope + convolution + norm + sizes.num_nextn_predict_layers * junction
+    before_head = norm + sizes.num_nextn_predict_layers * junction
+    return 5 + rope + convolution + (before_head if has_head else 0)
 
 
 def encoder_bytes(sizes: Sizes, numerics: Numerics) -> dict[str, float]:

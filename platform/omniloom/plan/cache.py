@@ -20,7 +20,7 @@ def numbers_per_layer(sizes: Sizes) -> int:
 
 
 def kv_cache_bytes_per_token(sizes: Sizes) -> int:
-    """Of the model's own cache in bf16: 70,272 for DeepSeek-V3."""
+    """Of the model's own cache in bf16."""
     return BF16_BYTES * sizes.num_hidden_layers * numbers_per_layer(sizes)
 
 

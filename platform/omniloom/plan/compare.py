@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from omniloom.plan.config import HardwareConfig, Measurements, Workload
 from omniloom.plan.flops import attention_flops_per_token, count_costs, matmul_parameters
@@ -30,8 +31,9 @@ class Architecture:
     train_flops_6nd: int | None
     gpu_hours: float | None  # of one device's roofline, networks aside
     cost_usd: float | None
+    missing: tuple[str, ...]  # keys of the cluster, without which hours or cost are not known
 
-    def as_dict(self) -> dict[str, float | str | None]:
+    def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return asdict(self)
 
@@ -63,9 +65,11 @@ def _architecture(
     feed_forward = 2 * (matmul_parameters(sizes) - sizes.vocab_size * sizes.hidden_size - layers * projections)
     # So large a batch that neither reading the experts nor the optimizer's step counts.
     alone = Workload(sizes, tokens, ROWS * ACCUMULATION, ROWS, zero_stage=0, precision=like.precision)
-    speed = predict_step(alone, hardware, measured).tokens_per_s
+    step = predict_step(alone, hardware, measured)
+    speed, missing = step.tokens_per_s, list(step.missing)
     hours = None if speed is None or train_tokens is None else train_tokens / speed / 3_600
     price = hardware.usd_per_device_hour
+    missing += [] if price is not None else ["cluster.usd_per_device_hour"]
     return Architecture(
         name=name,
         params_total=counted.params_total,
@@ -82,4 +86,5 @@ def _architecture(
         train_flops_6nd=costs.train_flops_6nd,
         gpu_hours=hours,
         cost_usd=None if hours is None or price is None else hours * price,
+        missing=tuple(missing) if train_tokens is not None else (),
     )

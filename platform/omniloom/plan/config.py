@@ -46,6 +46,7 @@ class HardwareConfig:
     devices_per_node: int | None = None  # else as many as workers ask for
     node_bytes_per_s: float | None = None  # from one device to the others of its node, each way
     network_bytes_per_s: float | None = None  # from one device to other nodes, each way
+    storage_bytes_per_s: float | None = None  # that one node reads of a corpus
     usd_per_device_hour: float | None = None
 
     def check_hardware(self) -> None:
@@ -59,6 +60,7 @@ class HardwareConfig:
             "device.watts": self.device.watts,
             "node_bytes_per_s": self.node_bytes_per_s,
             "network_bytes_per_s": self.network_bytes_per_s,
+            "storage_bytes_per_s": self.storage_bytes_per_s,
             "usd_per_device_hour": self.usd_per_device_hour,
         }
         for kind in ("peak", "matmul", "attention"):
@@ -71,6 +73,11 @@ class HardwareConfig:
                     f"cluster.{key}={number:g} must lie between {least:g} and {most:g}, in the unit that its name "
                     "says; null where it is not known"
                 )
+
+
+def is_cpu(hardware: HardwareConfig) -> bool:
+    """Whether ranks compute on a CPU, whose memory behaves otherwise than a GPU's."""
+    return hardware.device.name == "cpu"
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Workload:
     save_every: int = 500
     share_by_modality: Mapping[str, float] = field(default_factory=lambda: {"text": 1.0})  # of positions
     target_share: float = 1.0  # of positions, that have a logit
+    corpus_bytes: int | None = None  # of its shards, where there is a corpus
 
     @property
     def data_parallel(self) -> int:
@@ -160,7 +168,8 @@ class Measurements:
     host: str
     date: str
     torch: str
-    device: str
+    device: str  # as the cluster's description names it: they say nothing of another
+    accelerator: str  # as torch names it, or cpu
     threads: int  # of each rank
     rates: list[Rates]
 

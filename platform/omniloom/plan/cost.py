@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from omniloom.plan.config import HardwareConfig, Workload
-from omniloom.plan.memory import WEIGHT_BYTES
+from omniloom.plan.memory import WEIGHT_BYTES, moment_bytes
 from omniloom.plan.params import Sizes, count_parameters
 
 SHARD_BYTES = 18  # of a token: int32 id, int32 (time, row, column), modality, mask; data/shards.py
@@ -28,12 +28,14 @@ class RunCost:
 
 
 def count_cost(workload: Workload, hardware: HardwareConfig, step_s: float | None) -> RunCost:
-    """steps × step_s; × ranks in device hours; × price; × watts. Disk: each token's shard bytes and all checkpoints."""
+    """steps × step_s; × ranks in device hours; × price; × watts. Disk: all checkpoints, and the corpus's shards or,
+    where there is none yet, each token's bytes in them."""
     steps, ranks = workload.steps, workload.ranks
     checkpoints = None if steps is None else math.ceil(steps / workload.save_every)
     each, disk = checkpoint_bytes(workload), None
     if steps is not None and checkpoints is not None:
-        disk = checkpoints * each + steps * workload.tokens_per_step * shard_bytes_per_token(workload)
+        shards = steps * workload.tokens_per_step * shard_bytes_per_token(workload)
+        disk = checkpoints * each + (shards if workload.corpus_bytes is None else workload.corpus_bytes)
     days = gpu_hours = cost = energy = None
     if steps is not None and step_s is not None:
         days = steps * step_s / 86_400
@@ -45,12 +47,12 @@ def count_cost(workload: Workload, hardware: HardwareConfig, step_s: float | Non
 
 
 def checkpoint_bytes(workload: Workload) -> float:
-    """Of one checkpoint: the weights as safetensors, and DeepSpeed's own: weights, masters, AdamW's two moments."""
+    """Of one checkpoint: the weights as safetensors, and DeepSpeed's own: weights, masters, the optimizer's moments."""
     counted = count_parameters(workload.sizes)
     parameters, w = counted.params_total + counted.params_mtp, WEIGHT_BYTES[workload.precision]
     has_masters = workload.zero_stage > 0 or w == 2
     weights = 0 if workload.zero_stage == 3 else w  # at ZeRO 3 the masters stand for them
-    return parameters * (w + weights + 4 * has_masters + 8)
+    return parameters * (w + weights + 4 * has_masters + moment_bytes(workload))
 
 
 def shard_bytes_per_token(workload: Workload) -> float:

@@ -99,6 +99,7 @@ class Costs:
     kv_cache_bytes_per_token: int
     kv_cache_bytes_by_kind: dict[str, float]
     forward_flops_per_token: float
+    train_flops_per_token: float
     train_tokens: int | None
     train_flops: float | None
     train_flops_6nd: int | None
@@ -113,7 +114,8 @@ class Costs:
         kinds = ", ".join(f"{name} {size:,.0f}" for name, size in self.kv_cache_bytes_by_kind.items())
         lines = [
             f"forward, a token    {self.forward_flops_per_token / 1e9:,.4g} GFLOP, {documents}",
-            f"KV cache, a token   {kinds or 0} bytes",
+            f"training, a token   {self.train_flops_per_token / 1e9:,.4g} GFLOP",
+            f"KV cache, a token   {kinds or 0} bytes; selective: a quarter of the positions",
         ]
         if self.train_tokens is not None:
             lines.append(
@@ -130,6 +132,7 @@ def count_costs(sizes: Sizes, document_tokens: int, train_tokens: int | None) ->
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(sizes),
         kv_cache_bytes_by_kind=kv_cache_bytes_by_kind(sizes),
         forward_flops_per_token=forward_flops_per_token(sizes, document_tokens),
+        train_flops_per_token=train_flops(sizes, document_tokens, 1),
         train_tokens=train_tokens,
         train_flops=None if train_tokens is None else train_flops(sizes, document_tokens, train_tokens),
         train_flops_6nd=None if train_tokens is None else train_flops_6nd(sizes, train_tokens),

@@ -55,9 +55,8 @@ def read_measurements(runs_dir: Path, cluster: str) -> Measurements | None:
 
 def describe(measured: Measurements) -> dict[str, str]:
     """For reading: a line for each number of ranks and kind of work."""
-    lines = {
-        "measured on": f"{measured.host}, {measured.device}, torch {measured.torch}, {measured.threads} threads a rank"
-    }
+    software = f"torch {measured.torch}, {measured.threads} threads a rank"
+    lines = {"measured on": f"{measured.host}, {measured.accelerator}, {software}"}
     for rates in measured.rates:
         who = "1 rank" if rates.ranks == 1 else f"{rates.ranks} ranks"
 

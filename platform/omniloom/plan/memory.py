@@ -1,7 +1,8 @@
-"""Bytes per rank, by part, at the two moments that may be the highest: the backward pass and the optimizer's step.
+"""Bytes per rank, by part, at the moments that may be the highest: the backward pass and the optimizer's step.
 
-P parameters of a rank, r ranks that share a ZeRO shard, w, g and 4 bytes of a weight, a gradient and a master. What
-DeepSpeed holds was read from its 0.19.8 source and measured stage by stage (tests/train/test_planned_memory.py).
+P parameters of a rank, r ranks that share a ZeRO shard, S = P / r, w bytes of a weight and of its gradient, 4 of a
+master, B numbers of a bucket. What DeepSpeed holds was read from its 0.19.8 source and measured stage by stage
+(tests/train/test_planned_memory.py).
 """
 
 from collections.abc import Mapping
@@ -16,22 +17,27 @@ from omniloom.plan.activations import (
     layer_bytes,
 )
 from omniloom.plan.config import Workload
-from omniloom.plan.params import count_parameters
-from omniloom.plan.sharding import Shards, layers_of_fullest_stage, shard
+from omniloom.plan.params import count_parameters, layer_matrices
+from omniloom.plan.sharding import Shards, Stage, shard, stages
 
 WEIGHT_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 LIVE_NUMBERS = 1_000_000_000  # that ZeRO 3 keeps gathered: stage3_max_live_parameters
+SUB_GROUP_NUMBERS = 1_000_000_000  # that ZeRO 3 steps at a time: sub_group_size
 HEAP_BYTES = 32 << 20  # a CPU rank's larger tensors are given back, smaller ones stay in its heap (cluster/local.py)
 # Blocks of one size cannot serve another: of a CPU's heap, as measured; of all that a GPU's allocator holds, a round
 # figure.
 HEAP_FRAGMENTATION, GPU_FRAGMENTATION = 0.40, 0.05
+
+ORDER = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "buffers", "fragmentation")
+
+Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Memory:
     """A rank's bytes by part when it holds the most; they sum to the peak. `moment` is backward or step."""
 
-    parts: dict[str, float]
+    parts: Parts
     moment: str
 
     @property
@@ -41,36 +47,67 @@ class Memory:
 
 
 def count_memory(workload: Workload, on_cpu: bool = False) -> Memory:
-    """The peak of one rank above the process's footprint before the model is built.
+    """The peak of one rank, of the fullest pipeline stage, above the process's footprint before the model is built.
 
-    backward begins: what is held all the time, activations, logits and their gradient. It ends: gradients, and the
-    buffers that they are exchanged in. step: the shard's gradients flattened, and the optimizer's temporaries. On a CPU
-    the heap keeps what small tensors have freed, so that the last two stand on top of the activations.
+    What is held all the time stands under each of: the backward pass's beginning, with activations and logits and what
+    earlier micro batches left of gradients; where its first gradients have come, with the bucket that they are
+    exchanged in; its end, with all gradients; the optimizer's step, with the shard's gradients flattened and the
+    optimizer's temporaries. On a CPU the heap keeps what small tensors have freed: every moment stands on top of it.
     """
-    shards, sizes = shard(workload), workload.sizes
-    held, activations = _held(workload, shards), _activations(workload, on_cpu)
-    logits, gradients = _logits(workload, on_cpu), _gradients(workload, shards)
-    exchange, step = _exchange(workload, shards), _step(workload, shards, on_cpu)
-    begins = {"logits": logits}
-    ends = {"gradients": gradients, "buffers": exchange}
-    if on_cpu:
-        heap = activations
-        if workload.micro_batch_size * workload.seq_len * sizes.vocab_size * 4 < HEAP_BYTES:
-            heap, begins = heap | begins, {}
-        small = gradients * (1 - _large_share(workload))
-        room = max(_first_gradients(workload, shards), small - _total(heap))  # beyond what the heap has already
-        heap = heap | {"gradients": room}
-        ends = {"gradients": gradients - small, "buffers": exchange}
-        passing = _total(heap) + held.get("gathered weights", 0.0) * (1 - _large_share(workload))
-        heap["fragmentation"] = HEAP_FRAGMENTATION * passing
-        moments = {"backward": max(_sum(heap, begins), _sum(heap, ends), key=_total), "step": _sum(heap, step)}
-    else:
-        moments = {"backward": max(_sum(activations, begins), ends, key=_total), "step": step}
-    moment, moving = max(moments.items(), key=lambda item: _total(item[1]))
+    return max((_of_stage(workload, stage, on_cpu) for stage in stages(workload)), key=lambda memory: memory.total)
+
+
+def _of_stage(workload: Workload, stage: Stage, on_cpu: bool) -> Memory:
+    shards = shard(workload, stage)
+    held, activations = _held(workload, shards), _activations(workload, stage, on_cpu)
+    logits = {"logits": _logits(workload, on_cpu)} if stage.has_head else {}
+    moments = _on_cpu if on_cpu else _on_gpu
+    moment, moving = max(moments(workload, shards, activations, logits), key=lambda one: _total(one[1]))
+    if moment == "step":
+        held = held | {"gathered weights": 0.0}  # ZeRO 3 lets them go first
     parts = _sum(held, moving)
     if not on_cpu:
         parts["fragmentation"] = GPU_FRAGMENTATION * _total(parts)
-    return Memory({name: size for name, size in parts.items() if size}, moment)
+    named = sorted(parts, key=lambda name: ORDER.index(name.partition(" ")[0]))
+    return Memory({name: parts[name] for name in named if parts[name]}, moment)
+
+
+def _on_gpu(workload: Workload, shards: Shards, activations: Parts, logits: Parts) -> list[tuple[str, Parts]]:
+    kept, whole, stage = _kept_gradients(workload, shards), _gradients(workload, shards), workload.zero_stage
+    early, bucket, reduced = _bucket_at_logits(workload, shards), _bucket(workload, shards), _reduced(workload, shards)
+    # Buckets that fill before the backward pass has ended are reduced while activations are still there.
+    fills_early = stage >= 2 and shards.whole > workload.bucket_numbers
+    first = reduced if fills_early else bucket if stage else 0.0
+    return [
+        ("backward", _sum(activations, logits, {"gradients": kept, "buffers": early})),
+        ("backward", _sum(activations, {"gradients": kept, "buffers": first})),
+        ("backward", {"gradients": whole, "buffers": bucket}),
+        ("backward", {"gradients": kept if stage >= 2 else 0.0, "buffers": reduced}),
+        ("step", _step(workload, shards, on_cpu=False)),
+    ]
+
+
+def _on_cpu(workload: Workload, shards: Shards, activations: Parts, logits: Parts) -> list[tuple[str, Parts]]:
+    large = _large_share(workload)
+    kept, whole = _kept_gradients(workload, shards), _gradients(workload, shards)
+    heap = activations
+    if workload.micro_batch_size * workload.seq_len * workload.sizes.vocab_size * 4 < HEAP_BYTES:
+        heap, logits = heap | logits, {}
+    # ZeRO 2 keeps one flat tensor; the others keep each parameter's, which find room, large ones too, where activations
+    # have been freed: the next micro batch's then need room of their own.
+    flat, apart = (kept, 0.0) if workload.zero_stage == 2 else (0.0, kept)
+    room = max(_first_gradients(workload, shards), whole * (1 - large) - apart - _total(heap))
+    heap = heap | {"gradients": apart + room}
+    gathered = _gathered(workload, shards) * (1 - large)
+    heap["fragmentation"] = HEAP_FRAGMENTATION * (_total(heap) + gathered)
+    waiting = 0.0 if apart else whole * large
+    if workload.zero_stage == 1:  # a bucket's pages come as it is filled, and what is copied into it goes
+        waiting = max(0.0, waiting - _bucket(workload, shards))
+    return [
+        ("backward", _sum(heap, logits, {"gradients": flat})),
+        ("backward", _sum(heap, {"gradients": flat + waiting, "buffers": _reduced(workload, shards)})),
+        ("step", _sum(heap, _step(workload, shards, on_cpu=True))),
+    ]
 
 
 def by_stage(workload: Workload, on_cpu: bool = False) -> dict[tuple[int, bool], Memory]:
@@ -84,7 +121,7 @@ def by_stage(workload: Workload, on_cpu: bool = False) -> dict[tuple[int, bool],
     }
 
 
-def _held(workload: Workload, shards: Shards) -> dict[str, float]:
+def _held(workload: Workload, shards: Shards) -> Parts:
     """What is held from step to step: w·P of weights, 4 of masters and 8 of AdamW's moments (4 of Muon's).
 
     From ZeRO 1 on masters and moments, in float32 also beside float32 weights, are a shard's. At ZeRO 3 weights are
@@ -93,13 +130,12 @@ def _held(workload: Workload, shards: Shards) -> dict[str, float]:
     stage, precision, whole = workload.zero_stage, workload.precision, shards.whole
     w, own = WEIGHT_BYTES[precision], shards.sharded if stage else whole
     masters = 4 * own if stage or w == 2 else 0.0
-    moments = 8 * own - 4 * _muon_share(workload) * own
+    moments = moment_bytes(workload) * own
     held = {"weights": w * (shards.sharded if stage == 3 else whole), "optimizer": masters + moments}
     if stage == 3:
-        gathered = min(whole, LIVE_NUMBERS) if shards.common_replicas > 1 else 0.0
         held |= {
-            "gradients": 4 * shards.sharded,
-            "gathered weights": w * gathered,
+            "gradients": w * shards.sharded,
+            "gathered weights": _gathered(workload, shards),
             "buffers": w * min(whole, workload.bucket_numbers),
         }
     if precision == "bf16_autocast":
@@ -107,18 +143,33 @@ def _held(workload: Workload, shards: Shards) -> dict[str, float]:
     return held
 
 
-def _muon_share(workload: Workload) -> float:
-    """Of the parameters, that Muon keeps one moment of: the layers' matrices."""
-    if workload.optimizer != "muon":
+def _gathered(workload: Workload, shards: Shards) -> float:
+    """At ZeRO 3, of the weights that other ranks hold."""
+    if workload.zero_stage < 3 or shards.common_replicas == 1:
         return 0.0
+    return WEIGHT_BYTES[workload.precision] * min(shards.whole, LIVE_NUMBERS)
+
+
+def moment_bytes(workload: Workload) -> float:
+    """Of the optimizer's moments, a parameter, in float32: AdamW's two; Muon keeps one of the layers' matrices."""
+    if workload.optimizer != "muon":
+        return 8.0
     counted = count_parameters(workload.sizes)
     others = counted.embedding + counted.head + counted.norms
-    return 1 - others / (counted.params_total + counted.params_mtp)
+    return 4.0 + 4.0 * others / (counted.params_total + counted.params_mtp)
+
+
+def _kept_gradients(workload: Workload, shards: Shards) -> float:
+    """What earlier micro batches of the step have left: all gradients, at ZeRO 2 those of the shard; ZeRO 3 adds them
+    to what it holds anyway."""
+    if workload.accumulation <= 1 or workload.zero_stage == 3:
+        return 0.0
+    return WEIGHT_BYTES[workload.precision] * (shards.sharded if workload.zero_stage == 2 else shards.whole)
 
 
 def _gradients(workload: Workload, shards: Shards) -> float:
-    """Gradients at the end of the backward pass; from ZeRO 1 on they stand in the bucket."""
-    return WEIGHT_BYTES[workload.precision] * shards.whole if workload.zero_stage == 0 else 0.0
+    """All gradients at the end of the backward pass: ZeRO 0 and 1 reduce none before; from 2 on each goes."""
+    return WEIGHT_BYTES[workload.precision] * shards.whole if workload.zero_stage < 2 else 0.0
 
 
 def _first_gradients(workload: Workload, shards: Shards) -> float:
@@ -129,9 +180,21 @@ def _first_gradients(workload: Workload, shards: Shards) -> float:
     return WEIGHT_BYTES[workload.precision] * (sizes.vocab_size * sizes.hidden_size / workload.tensor + max(0, layers))
 
 
-def _exchange(workload: Workload, shards: Shards) -> float:
-    """Buffers of the exchange: a bucket flattened at ZeRO 0; at 1 and 2 the bucket, the shard taken out of it, and,
-    between ranks, what is reduced flattened once more; at 3 the bucket's copy and what is scattered of it."""
+def _bucket(workload: Workload, shards: Shards) -> float:
+    """The bucket in which gradients are exchanged, w·B, made when the first one comes; ZeRO 3 holds it anyway."""
+    if workload.zero_stage == 3:
+        return 0.0
+    return WEIGHT_BYTES[workload.precision] * min(shards.whole, workload.bucket_numbers)
+
+
+def _bucket_at_logits(workload: Workload, shards: Shards) -> float:
+    """ZeRO 1 keeps its bucket from one micro batch to the next."""
+    return _bucket(workload, shards) if workload.zero_stage == 1 and workload.accumulation > 1 else 0.0
+
+
+def _reduced(workload: Workload, shards: Shards) -> float:
+    """Buffers when a bucket is reduced: at ZeRO 0 the bucket; at 1 and 2 the shard taken out of it too, and, between
+    ranks, what is reduced flattened once more; at 3 the bucket's copy and what is scattered of it."""
     w, replicas = WEIGHT_BYTES[workload.precision], shards.common_replicas
     bucket = min(shards.whole, workload.bucket_numbers)
     if workload.zero_stage == 0:
@@ -142,15 +205,17 @@ def _exchange(workload: Workload, shards: Shards) -> float:
     return w * (bucket + shards.sharded + again)
 
 
-def _step(workload: Workload, shards: Shards, on_cpu: bool) -> dict[str, float]:
+def _step(workload: Workload, shards: Shards, on_cpu: bool) -> Parts:
     """At the optimizer's step the shard's gradients, from ZeRO 1 on flattened in float32, and AdamW's temporaries of
-    the same size: two on a CPU, one on a GPU; at ZeRO 0 a CPU takes tensor after tensor."""
+    the same size: two on a CPU, one on a GPU. At ZeRO 0 a CPU takes tensor after tensor; ZeRO 3 takes 10⁹ numbers."""
     w, temporaries = WEIGHT_BYTES[workload.precision], 2 if on_cpu else 1
     if workload.zero_stage == 0:
         gradients = w * shards.whole + (4 * shards.whole if w == 2 else 0)
         return {"gradients": gradients, "buffers": 0.0 if on_cpu else 4 * shards.whole}
     own = 0.0 if workload.zero_stage == 3 else w * shards.sharded
     matrices = shards.sharded * (1 - _spared_share(workload))
+    if workload.zero_stage == 3:
+        matrices = min(matrices, SUB_GROUP_NUMBERS)
     flattened = 4 + (w if w == 2 else 0)  # and, before that, as they came
     return {"gradients": own, "buffers": (flattened + 4.0 * temporaries) * matrices}
 
@@ -163,37 +228,33 @@ def _spared_share(workload: Workload) -> float:
 
 
 def _large_share(workload: Workload) -> float:
-    """Of the gradients, that lie in tensors too large for a CPU's heap."""
-    sizes = workload.sizes
-    counted = count_parameters(sizes)
-    experts = sizes.n_routed_experts * 2 * sizes.hidden_size * sizes.moe_intermediate_size
-    tensors = [
-        (sizes.vocab_size * sizes.hidden_size, counted.embedding + counted.head),
-        (experts, counted.routed_experts * (1 + sizes.num_nextn_predict_layers / max(1, sizes.num_hidden_layers))),
-        (sizes.intermediate_size * sizes.hidden_size, counted.dense_feed_forward),
-    ]
-    large = sum(of_kind for numbers, of_kind in tensors if 4 * numbers >= HEAP_BYTES)
-    return min(1.0, large / (counted.params_total + counted.params_mtp))
+    """Of the parameters, that lie in tensors too large for a CPU's heap: the embedding, a layer's experts together."""
+    sizes, counted = workload.sizes, count_parameters(workload.sizes)
+    tensors = [sizes.vocab_size * sizes.hidden_size] * (1 if sizes.tie_word_embeddings else 2)
+    for layer in range(sizes.num_hidden_layers + sizes.num_nextn_predict_layers):
+        always, _, chosen = layer_matrices(sizes, layer)
+        tensors += [matrix.parameters for matrix in always]
+        tensors += [sizes.n_routed_experts * matrix.parameters for matrix in chosen]
+    large = sum(numbers for numbers in tensors if 4 * numbers >= HEAP_BYTES)
+    return large / (counted.params_total + counted.params_mtp)
 
 
-def _activations(workload: Workload, on_cpu: bool) -> dict[str, float]:
+def _activations(workload: Workload, stage: Stage, on_cpu: bool) -> Parts:
     """What the forward pass keeps, by modality: each token's share of the layers, and its encoder's.
 
     One layer's come twice, as the gradients of them; under checkpointing a layer's input alone is kept, and one layer
-    is run again. The first pipeline stage has as many micro batches under way as there are stages (1F1B).
+    is run again.
     """
     sizes, numerics = workload.sizes, Numerics(workload.precision, on_cpu)
-    layers = range(sizes.num_hidden_layers - layers_of_fullest_stage(workload), sizes.num_hidden_layers)
-    ahead = range(sizes.num_hidden_layers, sizes.num_hidden_layers + sizes.num_nextn_predict_layers)
-    each = [layer_bytes(sizes, layer, numerics, workload.tensor) for layer in (*layers, *ahead)]
-    under_way = max(1, min(workload.pipeline, workload.accumulation))
+    ahead = [sizes.num_hidden_layers] * sizes.num_nextn_predict_layers if stage.has_head else []
+    each = [layer_bytes(sizes, layer, numerics, workload.tensor) for layer in (*stage.layers, *ahead)]
     if workload.activation_checkpointing:
-        kept = checkpointed_bytes(sizes, numerics) * len(each) * under_way + max(each)
+        kept = checkpointed_bytes(sizes, numerics) * len(each) * stage.under_way + max(each)
     else:
-        kept = sum(each) * under_way
-    kept += max(each) + ends_bytes(sizes, numerics)
+        kept = sum(each) * stage.under_way
+    kept += max(each) + ends_bytes(sizes, numerics, stage.has_head)
     tokens = workload.micro_batch_size * workload.seq_len / workload.sequence
-    encoders = encoder_bytes(sizes, numerics)
+    encoders = encoder_bytes(sizes, numerics) if stage.has_embedding else {}
     return {
         f"activations ({medium})": tokens * share * (kept + encoders.get(medium, 0.0))
         for medium, share in workload.share_by_modality.items()

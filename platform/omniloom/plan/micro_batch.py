@@ -10,7 +10,7 @@ from omniloom.plan.activations import Numerics
 from omniloom.plan.config import Workload
 from omniloom.plan.flops import attention_flops_per_key, attention_flops_per_token
 from omniloom.plan.params import Matrix, Sizes, encoder_matrices, layer_matrices
-from omniloom.plan.sharding import layers_of_fullest_stage
+from omniloom.plan.sharding import stages
 from omniloom.plan.speeds import PRODUCTS_IN, Speeds
 from omniloom.plan.traffic import (
     CHUNK_TOKENS,
@@ -41,9 +41,8 @@ class MicroBatch:
         self._unscaled = "bf16" if self._precision == "fp8" else self._precision  # attention, head, junctions
         self.seconds: dict[str, float] = defaultdict(float)
         self.operations = 0.0
-        count = self._sizes.num_hidden_layers
-        ahead = [count] * self._sizes.num_nextn_predict_layers
-        for layer in (*range(count - layers_of_fullest_stage(workload), count), *ahead):
+        ahead = [self._sizes.num_hidden_layers] * self._sizes.num_nextn_predict_layers
+        for layer in (*stages(workload)[-1].layers, *ahead):
             self._layer(layer)
         self._ends()
 

@@ -75,9 +75,9 @@ class ParameterCount:
     of D; sound 3·mels·D, then 3·D² for each further convolution, and a gain of D for each.
     mtp, a module: 2·D² and two norms where hidden state and next embedding meet, one layer, one norm.
 
-    `params_total` leaves the MTP modules out, as published totals do: DeepSeek-V3 671,026,419,200.
-    `params_active` is what one text token meets: the head also where it is tied, K of E routed experts, the router and
-    its bias; no lookup in embedding and positions, no media encoder, no MTP module: DeepSeek-V3 36.6B.
+    `params_total` leaves the MTP modules out, as published totals do. `params_active` is what one text token meets: the
+    head also where it is tied, K of E routed experts, the router and its bias; no lookup in embedding and positions, no
+    media encoder, no MTP module.
     """
 
     embedding: int
@@ -230,6 +230,29 @@ def layer_matrices(sizes: Sizes, layer: int) -> LayerMatrices:
     shared = sizes.n_shared_experts * sizes.moe_intermediate_size
     always = attention + (feed_forward_matrices(sizes, shared) if shared else [])
     return LayerMatrices(always, [Matrix(sizes.hidden_size, sizes.n_routed_experts)], expert_matrices(sizes))
+
+
+class LayerParameters(NamedTuple):
+    """Of one layer: in matrices that every token meets, in norms and router, in routed experts."""
+
+    matrices: int
+    others: int
+    routed: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def layer_parameters(sizes: Sizes, layer: int) -> LayerParameters:
+    """Of one layer, as `count_parameters` adds them up."""
+    norms = 2 * norm_parameters(sizes)
+    if not sizes.is_sparse(layer):
+        return LayerParameters(_attention(sizes) + _dense(sizes), norms, 0)
+    expert = expert_parameters(sizes)
+    matrices = _attention(sizes) + sizes.n_shared_experts * expert
+    return LayerParameters(matrices, norms + _router(sizes), sizes.n_routed_experts * expert)
 
 
 def parameters(matrices: list[Matrix]) -> int:

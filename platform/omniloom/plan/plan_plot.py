@@ -1,6 +1,5 @@
 """A picture of a plan: a rank's memory against the limit at every ZeRO stage, and where a step's time goes."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from omniloom.errors import ConfigError
-from omniloom.plan.memory import Memory
 from omniloom.plan.planner import Plan
 from omniloom.plan.plot_style import ACCENT, INK, STYLE
 
@@ -19,12 +17,12 @@ GB = 1e9
 COLOURS = ("#1d4ed8", "#0e7490", "#15803d", "#ca8a04", "#9333ea", "#be185d", "#64748b", "#334155", "#0ea5e9", "#84cc16")
 
 
-def write_plot(plan: Plan, stages: Mapping[tuple[int, bool], Memory], path: Path) -> None:
+def write_plot(plan: Plan, path: Path) -> None:
     """Two panels as one png; raises ConfigError where the file cannot be written."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 4.8), dpi=130, layout="constrained")
         memory, time = figure.subplots(1, 2, width_ratios=(1.5, 1))
-        _draw_memory(memory, plan, stages)
+        _draw_memory(memory, plan)
         _draw_time(time, plan)
         figure.suptitle(f"{_verdict(plan)}: {plan.constraint}", x=0.01, ha="left", color=INK, fontsize=10)
         try:
@@ -37,7 +35,8 @@ def _verdict(plan: Plan) -> str:
     return {True: "go", False: "no-go", None: "open"}[plan.fits]
 
 
-def _draw_memory(axes: Any, plan: Plan, stages: Mapping[tuple[int, bool], Memory]) -> None:
+def _draw_memory(axes: Any, plan: Plan) -> None:
+    stages = plan.stages
     names = list(dict.fromkeys(name for memory in stages.values() for name in memory.parts))
     rows = list(stages)[::-1]
     labels = []

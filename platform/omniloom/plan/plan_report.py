@@ -10,7 +10,7 @@ from rich.text import Text
 
 from omniloom.plan.accuracy import Band
 from omniloom.plan.compare import Architecture
-from omniloom.plan.memory import Memory
+from omniloom.plan.config import HardwareConfig, is_cpu
 from omniloom.plan.params import short
 from omniloom.plan.planner import Plan
 
@@ -19,9 +19,9 @@ WIDTH, BAR_WIDTH = 118, 40
 QUANTITIES = {"memory_bytes": "memory", "step_s": "step time", "tokens_per_s": "tokens a second"}
 
 
-def told(plan: Plan, stages: Mapping[tuple[int, bool], Memory], bands: Mapping[str, Band]) -> str:
+def told(plan: Plan, bands: Mapping[str, Band]) -> str:
     """The whole plan, for reading."""
-    blocks = [plan.parameters.as_table(), plan.costs.as_table(), _memory(plan), _stages(plan, stages), _time(plan)]
+    blocks = [plan.parameters.as_table(), plan.costs.as_table(), _memory(plan), _stages(plan), _time(plan)]
     blocks += [_totals(plan)]
     if bands:
         known = "\n".join(f"  {QUANTITIES[name]}: {band}" for name, band in bands.items())
@@ -54,14 +54,14 @@ def _bars(parts: Mapping[str, float], whole: float, say: Callable[[float], str])
     return _rendered(table)
 
 
-def _stages(plan: Plan, stages: Mapping[tuple[int, bool], Memory]) -> str:
+def _stages(plan: Plan) -> str:
     table = Table.grid(padding=(0, 2))
     limit = plan.hardware.device.memory_bytes
     table.add_row("  ZeRO stage", *(str(stage) for stage in range(4)))
     for checkpointing, name in ((False, "  GB a rank"), (True, "  with activation checkpointing")):
         cells = []
         for stage in range(4):
-            size = stages[stage, checkpointing].total
+            size = plan.stages[stage, checkpointing].total
             over = " !" if limit is not None and size > limit else ""
             cells.append(Text(f"{size / GB:,.3g}{over}", justify="right"))
         table.add_row(name, *cells)
@@ -70,18 +70,28 @@ def _stages(plan: Plan, stages: Mapping[tuple[int, bool], Memory]) -> str:
 
 def _time(plan: Plan) -> str:
     step = plan.step
-    shown = {name: seconds for name, seconds in step.seconds.items() if seconds}
+    bars = _bars(step.seconds, sum(step.seconds.values()), _seconds) if step.seconds else ""
     if step.total_s is None or step.tokens_per_s is None:
         lines = ["time of a step: not known without"]
-        lines += [
-            f"  cluster.{key.removeprefix('cluster.')}: {', '.join(parts)}" for key, parts in step.missing.items()
-        ]
-        lines += ["`omniloom doctor measure=true` measures this machine"] if plan.hardware.nodes == 1 else []
-        return "\n".join(lines + ([f"the rest:\n{_bars(shown, sum(shown.values()), _seconds)}"] if shown else []))
+        lines += [f"  {key}: {', '.join(parts)}{_has(plan.hardware, key)}" for key, parts in step.missing.items()]
+        if is_cpu(plan.hardware):
+            lines += ["`omniloom doctor measure=true` measures this machine"]
+        return "\n".join(lines + ([f"the rest:\n{bars}"] if bars else []))
     title = f"one step of {plan.workload.tokens_per_step:,} tokens: {_seconds(step.total_s)}, "
     title += f"{step.tokens_per_s:,.0f} tokens a second ({step.tokens_per_s / plan.workload.ranks:,.0f} a rank)"
     title += "" if step.mfu is None else f", MFU {step.mfu:.1%}"
-    return f"{title}\n{_bars(shown, sum(shown.values()), _seconds)}"
+    ahead = (
+        ""
+        if plan.hardware.storage_bytes_per_s
+        else "\n  data loading: rows are read ahead; counted with cluster.storage_bytes_per_s"
+    )
+    return f"{title}\n{bars}{ahead}"
+
+
+def _has(hardware: HardwareConfig, key: str) -> str:
+    """Which precisions the device's peaks are known of, where the one asked for is none of them."""
+    peaks = hardware.device.peak_flops_per_s
+    return f"; {hardware.device.name} has {', '.join(peaks)}" if "peak_flops_per_s" in key and peaks else ""
 
 
 def _seconds(seconds: float) -> str:
@@ -110,38 +120,54 @@ def _totals(plan: Plan) -> str:
     cost, workload = plan.cost, plan.workload
     if workload.steps is None:
         return "the whole run: set train.steps or train.tokens to know its time, cost and disk"
-    price = plan.hardware.usd_per_device_hour
-    known = [f"{workload.steps:,} steps"]
+    known = [_counted(workload.steps, "step")]
     if cost.days is not None and cost.gpu_hours is not None:
         known += [_duration(cost.days * 86_400)]
-        unit = "rank-hours" if plan.hardware.device.name == "cpu" else "GPU-hours"
+        unit = "rank-hours" if is_cpu(plan.hardware) else "GPU-hours"
         known += [f"{_amount(cost.gpu_hours)} {unit}"]
     if cost.cost_usd is not None:
-        known += [f"${_amount(cost.cost_usd)} at ${price:g}"]
+        known += [f"${_amount(cost.cost_usd)} at ${plan.hardware.usd_per_device_hour:g}"]
     if cost.energy_kwh is not None:
         known += [f"{_amount(cost.energy_kwh)} kWh"]
-    absent = {"cost": "cluster.usd_per_device_hour", "energy": "cluster.device.watts"}
-    figures = {"cost": price, "energy": plan.hardware.device.watts}
-    missing = [f"no {name}: set {absent[name]}" for name, value in figures.items() if value is None]
-    disk = f"disk: {_size(cost.disk_bytes or 0)}, {cost.checkpoints} checkpoints of {_size(cost.checkpoint_bytes)}"
-    return "\n".join([f"the whole run: {', '.join(known)}", disk, *missing])
+    disk = f"disk: {_size(cost.disk_bytes or 0)}, {_counted(cost.checkpoints or 0, 'checkpoint')} "
+    lines = [f"the whole run: {', '.join(known)}", f"{disk}of {_size(cost.checkpoint_bytes)}"]
+    if cost.days is None:
+        lines.append(f"no time, hours, cost and energy without {', '.join(plan.step.missing)}")
+    absent = {"cluster.usd_per_device_hour": "cost", "cluster.device.watts": "energy"}
+    return "\n".join(lines + [f"no {what}: set {key}" for key, what in absent.items() if key in plan.missing])
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _verdict(plan: Plan) -> str:
     word = {True: "go", False: "no-go", None: "open"}[plan.fits]
     lines = [f"{word}: {plan.constraint}"]
     if plan.fits is False:
-        lines += [
-            "nearest that fit, the fastest first:" if plan.alternatives else "nothing near it fits: a smaller model"
-        ]
+        lines += ["nearest that fit, the fastest first:" if plan.alternatives else _nothing_near(plan)]
     for one in plan.alternatives:
-        time = "" if one.step_s is None else f", a step {_seconds(one.step_s)}"
-        lines.append(f"  {' '.join(one.overrides)}    # {one.memory_bytes / GB:,.3g} GB a rank{time}")
+        time = f", a step {_seconds(one.step_s)}" if one.step_s is not None else ""
+        unknown = f", its time not known without {', '.join(one.missing)}" if one.missing else ""
+        lines.append(f"  {' '.join(one.overrides)}    # {_size(one.memory_bytes)} a rank{time}{unknown}")
     return "\n".join(lines)
 
 
-def compared(architectures: Sequence[Architecture]) -> str:
-    """The comparison, one architecture a column."""
+def _nothing_near(plan: Plan) -> str:
+    """Why nothing was found: a batch of so many rows keeps no more than as many replicas busy."""
+    workload = plan.workload
+    tried = "no ZeRO stage, micro batch or checkpointing fits"
+    if plan.hardware.devices_per_node is None:
+        return f"{tried} on this machine: a smaller model, shorter rows, or a cluster"
+    most = workload.global_batch_size * (workload.ranks // workload.data_parallel)
+    return (
+        f"{tried}, on up to {most:,} devices: train.global_batch_size={workload.global_batch_size} keeps no more busy; "
+        "raise it, or take a smaller model or shorter rows"
+    )
+
+
+def compared(architectures: Sequence[Architecture], hardware: HardwareConfig, precision: str) -> str:
+    """The comparison, one architecture a column, and by what its hours are reckoned."""
     table = Table(box=None, padding=(0, 2))
     table.add_column("")
     for one in architectures:
@@ -164,4 +190,8 @@ def compared(architectures: Sequence[Architecture]) -> str:
         row("6·N·D", lambda one: f"{one.train_flops_6nd:.3g}")
         row("GPU-hours", lambda one: "not known" if one.gpu_hours is None else f"{one.gpu_hours:,.3g}")
         row("cost", lambda one: "not known" if one.cost_usd is None else f"${one.cost_usd:,.3g}")
-    return _rendered(table)
+    lines = [_rendered(table), f"hours by the roofline of one {hardware.device.name} in {precision}, networks aside"]
+    missing = sorted({key for one in architectures for key in one.missing})
+    if missing:
+        lines.append(f"not known without {', '.join(missing)}")
+    return "\n\n".join(["\n".join(lines[:1]), "\n".join(lines[1:])])

@@ -1,34 +1,21 @@
 """Go or no-go: what a run takes of each rank and in all, whether it fits, and what near it would."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from omniloom.errors import ConfigError
-from omniloom.plan.config import HardwareConfig, Measurements, Workload
+from omniloom.plan.alternatives import Alternative, nearest_that_fit
+from omniloom.plan.config import HardwareConfig, Measurements, Workload, is_cpu
 from omniloom.plan.cost import RunCost, count_cost
 from omniloom.plan.flops import Costs, count_costs
-from omniloom.plan.memory import Memory, count_memory
+from omniloom.plan.memory import Memory, by_stage, count_memory
 from omniloom.plan.params import ParameterCount, count_parameters
 from omniloom.plan.step_time import StepTime, predict_step
 
-MOST_DOUBLINGS = 10  # of the cluster, where nothing smaller fits
-KEYS = {  # of a workload, as the command line has them
-    "zero_stage": "parallel.zero_stage",
-    "micro_batch_size": "train.micro_batch_size",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "ranks": "cluster.workers",
-}
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A configuration near the one asked for that fits, as overrides of it."""
-
-    overrides: tuple[str, ...]
-    memory_bytes: float
-    step_s: float | None
+OF_THE_STEP = ("step_s", "tokens_per_s", "mfu", "days", "gpu_hours", "cost_usd", "energy_kwh")
+MOST_PARAMETERS, MOST_TOKENS = 1e15, 1e18  # beyond, a key was mistyped
 
 
 @dataclass(frozen=True)
@@ -40,11 +27,24 @@ class Plan:
     parameters: ParameterCount
     costs: Costs
     memory: Memory
+    stages: dict[tuple[int, bool], Memory]  # at every ZeRO stage, without and with activation checkpointing
     step: StepTime
     cost: RunCost
     fits: bool | None  # None where the cluster's memory is not known
     constraint: str  # what binds: said for go and for no-go
     alternatives: tuple[Alternative, ...]
+
+    @property
+    def missing(self) -> dict[str, list[str]]:
+        """Each key of the cluster that is not known, with the figures that hang on it."""
+        missing = {key: [*parts, *OF_THE_STEP] for key, parts in self.step.missing.items()}
+        if self.hardware.usd_per_device_hour is None:
+            missing["cluster.usd_per_device_hour"] = ["cost_usd"]
+        if self.hardware.device.watts is None:
+            missing["cluster.device.watts"] = ["energy_kwh"]
+        if self.hardware.device.memory_bytes is None:
+            missing["cluster.device.memory_bytes"] = ["fits"]
+        return missing
 
     def as_dict(self) -> dict[str, Any]:
         """For --json: the contract's keys first."""
@@ -53,15 +53,29 @@ class Plan:
             "memory_bytes_per_rank": {name: round(size) for name, size in self.memory.parts.items()},
             "memory_bytes_per_rank_total": round(self.memory.total),
             "memory_moment": self.memory.moment,
+            "memory_bytes_by_stage": [
+                {
+                    "zero_stage": stage,
+                    "activation_checkpointing": checkpointing,
+                    "total": round(memory.total),
+                    "parts": {name: round(size) for name, size in memory.parts.items()},
+                }
+                for (stage, checkpointing), memory in self.stages.items()
+            ],
             "fits": self.fits,
             "constraint": self.constraint,
             "step_s_by_part": self.step.seconds,
             "step_s": self.step.total_s,
             "tokens_per_s": self.step.tokens_per_s,
             "mfu": self.step.mfu,
-            "missing": self.step.missing,
+            "missing": self.missing,
             "alternatives": [
-                {"overrides": list(one.overrides), "memory_bytes": round(one.memory_bytes), "step_s": one.step_s}
+                {
+                    "overrides": list(one.overrides),
+                    "memory_bytes": round(one.memory_bytes),
+                    "step_s": one.step_s,
+                    "missing": list(one.missing),
+                }
                 for one in self.alternatives
             ],
         }
@@ -84,15 +98,21 @@ def check_degrees(workload: Workload, hardware: HardwareConfig) -> None:
             f"{workload.ranks} / (tensor {workload.tensor} × pipeline {workload.pipeline}) = {sharing} is no multiple"
         )
     sizes = workload.sizes
+    if workload.expert > 1 and not sizes.n_routed_experts:
+        raise ConfigError(f"parallel.expert={workload.expert} shares experts, and the model has none: set it to 1")
     divided = [
-        ("expert", "model.n_routed_experts", sizes.n_routed_experts or 1),
-        ("tensor", "model.num_attention_heads", sizes.num_attention_heads),
-        ("sequence", "data.seq_len", workload.seq_len),
+        ("model.n_routed_experts", sizes.n_routed_experts, ("expert",)),
+        ("model.num_attention_heads", sizes.num_attention_heads, ("tensor", "sequence")),
+        ("data.seq_len", workload.seq_len, ("sequence",)),
     ]
-    for name, key, number in divided:
-        degree = getattr(workload, name)
+    if sizes.attention == "grouped":
+        divided.append(("model.num_key_value_heads", sizes.key_value_heads, ("tensor",)))
+    for key, number, names in divided:
+        degree = math.prod(getattr(workload, name) for name in names)
         if number % degree:
-            raise ConfigError(f"{key}={number} must be a multiple of parallel.{name}={degree}")
+            of = " × ".join(f"parallel.{name}={getattr(workload, name)}" for name in names)
+            product = f" = {degree}" if len(names) > 1 else ""
+            raise ConfigError(f"{key}={number} must be a multiple of {of}{product}")
     if workload.pipeline > sizes.num_hidden_layers:
         raise ConfigError(
             f"a stage needs a layer: parallel.pipeline={workload.pipeline} is over model.num_hidden_layers="
@@ -111,36 +131,49 @@ def check_degrees(workload: Workload, hardware: HardwareConfig) -> None:
         )
 
 
+def check_size(workload: Workload) -> None:
+    """Raise ConfigError for a model, or a run, of a size that nobody means."""
+    counted = count_parameters(workload.sizes)
+    parameters = counted.params_total + counted.params_mtp
+    if parameters > MOST_PARAMETERS:
+        raise ConfigError(f"a model of {parameters:.3g} parameters is over {MOST_PARAMETERS:.0e}: look at its sizes")
+    tokens = (workload.steps or 1) * workload.tokens_per_step
+    if tokens > MOST_TOKENS:
+        raise ConfigError(
+            f"train.steps={workload.steps} of train.global_batch_size={workload.global_batch_size} × data.seq_len="
+            f"{workload.seq_len} are {tokens:.3g} tokens, over {MOST_TOKENS:.0e}"
+        )
+
+
 def make_plan(
     workload: Workload,
     hardware: HardwareConfig,
     measured: Measurements | None = None,
+    is_allowed: Callable[[Workload], bool] = lambda workload: True,
 ) -> Plan:
-    """Everything about one run; raises ConfigError where its degrees do not divide."""
+    """Everything about one run; raises ConfigError where its degrees do not divide. Of what near it fits, `is_allowed`
+    says what can be trained."""
     check_degrees(workload, hardware)
+    check_size(workload)
     tokens = None if workload.steps is None else workload.steps * workload.tokens_per_step
     memory = count_memory(workload, is_cpu(hardware))
     step = predict_step(workload, hardware, measured)
     limit = hardware.device.memory_bytes
     fits = None if limit is None else memory.total <= limit
-    alternatives = tuple(nearest_that_fit(workload, hardware, measured)) if fits is False else ()
+    alternatives = tuple(nearest_that_fit(workload, hardware, measured, is_allowed)) if fits is False else ()
     return Plan(
         workload=workload,
         hardware=hardware,
         parameters=count_parameters(workload.sizes),
         costs=count_costs(workload.sizes, workload.seq_len, tokens),
         memory=memory,
+        stages=by_stage(workload, is_cpu(hardware)),
         step=step,
         cost=count_cost(workload, hardware, step.total_s),
         fits=fits,
         constraint=_constraint(memory, limit),
         alternatives=alternatives,
     )
-
-
-def is_cpu(hardware: HardwareConfig) -> bool:
-    """Whether ranks compute on a CPU, whose memory behaves otherwise than a GPU's."""
-    return hardware.device.name == "cpu"
 
 
 def _constraint(memory: Memory, limit: int | None) -> str:
@@ -153,67 +186,3 @@ def _constraint(memory: Memory, limit: int | None) -> str:
         return f"memory {peak}, {most}; whether it fits is open: set cluster.device.memory_bytes"
     over = "is over" if memory.total > limit else "of"
     return f"memory {peak} {over} cluster.device.memory_bytes={limit / 1e9:,.4g} GB, {most}"
-
-
-def nearest_that_fit(
-    workload: Workload, hardware: HardwareConfig, measured: Measurements | None = None, count: int = 3
-) -> list[Alternative]:
-    """The `count` configurations with the fewest and smallest changes that fit, the fastest first.
-
-    Changed are what does not alter what is learned: ZeRO's stage, the micro batch, activation checkpointing, and where
-    none of it is enough the number of nodes.
-    """
-    limit = hardware.device.memory_bytes or 0
-    found: list[tuple[float, Workload, HardwareConfig, Memory]] = []
-    most = 0 if hardware.devices_per_node is None else MOST_DOUBLINGS  # ranks of one machine share its memory
-    for doublings in range(most + 1):
-        grown, cluster = _grown(workload, hardware, doublings)
-        for distance, candidate in _variations(grown):
-            if candidate == workload or candidate.accumulation < 1:
-                continue
-            if candidate.global_batch_size % (candidate.micro_batch_size * candidate.data_parallel):
-                continue
-            memory = count_memory(candidate, is_cpu(hardware))
-            if memory.total <= limit:
-                found.append((distance + 2 * doublings, candidate, cluster, memory))
-        if len(found) >= count:
-            break
-    nearest = sorted(found, key=lambda one: (one[0], one[3].total))[:count]
-    alternatives = [
-        Alternative(
-            _overrides(workload, candidate, hardware, cluster),
-            memory.total,
-            predict_step(candidate, cluster, measured).total_s,
-        )
-        for _, candidate, cluster, memory in nearest
-    ]
-    return sorted(alternatives, key=lambda one: math.inf if one.step_s is None else one.step_s)
-
-
-def _grown(workload: Workload, hardware: HardwareConfig, doublings: int) -> tuple[Workload, HardwareConfig]:
-    ranks = workload.ranks << doublings
-    nodes = max(hardware.nodes, math.ceil(ranks / (hardware.devices_per_node or ranks)))
-    return replace(workload, ranks=ranks), replace(hardware, nodes=nodes)
-
-
-def _variations(workload: Workload) -> Iterator[tuple[float, Workload]]:
-    """Each way to spend less memory on the same batch, with its distance: a key, or a halving, is one."""
-    micro, halvings = workload.micro_batch_size, 0
-    while micro >= 1:
-        for stage in range(4):
-            for checkpointing in (False, True):
-                changed = (stage != workload.zero_stage) + (checkpointing != workload.activation_checkpointing)
-                yield (
-                    changed + halvings,
-                    replace(workload, micro_batch_size=micro, zero_stage=stage, activation_checkpointing=checkpointing),
-                )
-        micro, halvings = micro // 2 if micro > 1 else 0, halvings + 1
-
-
-def _overrides(before: Workload, after: Workload, hardware: HardwareConfig, cluster: HardwareConfig) -> tuple[str, ...]:
-    words = [
-        f"{key}={str(getattr(after, name)).lower()}"
-        for name, key in KEYS.items()
-        if getattr(after, name) != getattr(before, name)
-    ]
-    return (*words, *([f"cluster.nodes={cluster.nodes}"] if cluster.nodes != hardware.nodes else []))

@@ -1,10 +1,34 @@
-"""Which parameters a rank holds, and how many ranks share each ZeRO shard of them."""
+"""Which parameters a rank holds: its stage of the pipeline, its share of the matrices, its ZeRO shard."""
 
 import math
 from dataclasses import dataclass
 
 from omniloom.plan.config import Workload
-from omniloom.plan.params import count_parameters, expert_parameters
+from omniloom.plan.params import count_parameters, layer_parameters, norm_parameters
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage: its layers, which ends it has, and how many micro batches are under way in it (1F1B)."""
+
+    layers: range
+    has_embedding: bool
+    has_head: bool  # and the prediction modules
+    under_way: int
+
+
+def stages(workload: Workload) -> list[Stage]:
+    """Those that may be the fullest, each of ⌈L / p⌉ layers, the last one last: the first has the embedding and most
+    micro batches under way, the second one less and no dense layers, the last the head and one."""
+    layers = workload.sizes.num_hidden_layers
+    if workload.pipeline == 1:
+        return [Stage(range(layers), True, True, 1)]
+    each = math.ceil(layers / workload.pipeline)
+    under_way = min(workload.pipeline, workload.accumulation)
+    first = Stage(range(each), True, False, under_way)
+    between = Stage(range(each, min(2 * each, layers)), False, False, min(workload.pipeline - 1, workload.accumulation))
+    last = Stage(range(layers - each, layers), False, True, 1)
+    return [first, *([between] if workload.pipeline > 2 else []), last]
 
 
 @dataclass(frozen=True)
@@ -21,48 +45,33 @@ class Shards:
         """Parameters that the rank computes with."""
         return self.common + self.routed
 
-    def part(self, numbers_common: float, numbers_routed: float) -> float:
-        """The rank's ZeRO share of so many numbers."""
-        return numbers_common / self.common_replicas + numbers_routed / self.routed_replicas
-
     @property
     def sharded(self) -> float:
         """Parameters of the rank's own ZeRO shard."""
-        return self.part(self.common, self.routed)
+        return self.common / self.common_replicas + self.routed / self.routed_replicas
 
 
-def layers_of_fullest_stage(workload: Workload) -> int:
-    """Layers of the pipeline's fullest stage."""
-    return math.ceil(workload.sizes.num_hidden_layers / workload.pipeline)
-
-
-def shard(workload: Workload) -> Shards:
-    """The parameters of a rank in the fullest pipeline stage: ⌈L / p⌉ layers and the heavier of the two ends.
+def shard(workload: Workload, stage: Stage) -> Shards:
+    """The parameters of a rank in this pipeline stage.
 
     Tensor ranks share every matrix, expert ranks the routed experts; norms, router and media encoders are everybody's.
     """
     sizes, tensor = workload.sizes, workload.tensor
     counted = count_parameters(sizes)
-    layers = layers_of_fullest_stage(workload) / sizes.num_hidden_layers
-    matrices = (counted.attention + counted.dense_feed_forward + counted.shared_experts) / tensor
-    inside = layers * (matrices + counted.router + counted.norms)
-    encoders = counted.image_encoder + counted.audio_encoder + counted.video_encoder
-    first = (counted.embedding + counted.positions) / tensor + counted.convolution + encoders
-    mtp_routed = _mtp_routed(workload)
-    last = counted.head / tensor + (counted.params_mtp - mtp_routed) / tensor
-    if workload.pipeline == 1:
-        ends, mtp_held = first + last, mtp_routed
-    else:  # a tied head is a second copy of the embedding
-        last += counted.embedding / tensor if not counted.head else 0
-        ends, mtp_held = max((first, 0.0), (last, mtp_routed), key=sum)
+    ahead = [sizes.num_hidden_layers] * sizes.num_nextn_predict_layers if stage.has_head else []
+    layers = [layer_parameters(sizes, layer) for layer in (*stage.layers, *ahead)]
+    routed = sum(layer.routed for layer in layers)
+    common = sum(layer.matrices / tensor + layer.others for layer in layers)
+    if stage.has_embedding:
+        encoders = counted.image_encoder + counted.audio_encoder + counted.video_encoder
+        common += (counted.embedding + counted.positions) / tensor + counted.convolution + encoders
+    if stage.has_head:
+        # What a prediction module has beside its layer: the junction, and norms.
+        inside = sum(layer_parameters(sizes, layer).total for layer in ahead)
+        last_norm = counted.norms - 2 * sizes.num_hidden_layers * norm_parameters(sizes)
+        common += (counted.head + counted.params_mtp - inside) / tensor + last_norm
+        if not stage.has_embedding and not counted.head:
+            common += counted.embedding / tensor  # a tied head is a second copy
     replicas = workload.data_parallel * workload.sequence
-    routed = (layers * counted.routed_experts + mtp_held) / (workload.expert * tensor)
-    return Shards(inside + ends, routed, replicas, max(1, replicas // workload.expert))
-
-
-def _mtp_routed(workload: Workload) -> float:
-    """Routed experts' parameters in the prediction modules; each has one layer, as sparse as the last ones."""
-    sizes = workload.sizes
-    if not sizes.is_sparse(sizes.num_hidden_layers) or not sizes.num_nextn_predict_layers:
-        return 0.0
-    return sizes.num_nextn_predict_layers * sizes.n_routed_experts * expert_parameters(sizes)
+    held = routed / (workload.expert * tensor)
+    return Shards(common, held, replicas, max(1, replicas // workload.expert))

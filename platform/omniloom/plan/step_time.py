@@ -6,16 +6,18 @@ micro batch (`micro_batch.MicroBatch`), what ranks exchange, the optimizer's ste
 N tokens of a micro batch on one rank, D model width, r data-parallel ranks, P parameters of a rank, w bytes of each.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from omniloom.plan.activations import Numerics
-from omniloom.plan.collectives import Group
+from omniloom.plan.collectives import Group, ranks_per_node
 from omniloom.plan.config import HardwareConfig, Measurements, Workload
+from omniloom.plan.cost import shard_bytes_per_token
 from omniloom.plan.flops import train_flops
 from omniloom.plan.memory import WEIGHT_BYTES
 from omniloom.plan.micro_batch import MicroBatch
 from omniloom.plan.params import attention_matrices, count_parameters, layer_matrices
-from omniloom.plan.sharding import Shards, layers_of_fullest_stage, shard
+from omniloom.plan.sharding import Shards, shard, stages
 from omniloom.plan.speeds import PRODUCTS_IN, Speeds
 from omniloom.plan.traffic import Moved, weight_traffic
 
@@ -27,7 +29,7 @@ NEWTON_SCHULZ_STEPS = 5  # of Muon
 @dataclass(frozen=True)
 class StepTime:
     """What one optimizer step takes. `missing` names each key of the cluster that is not known, with the parts that
-    hang on it; with any, there is no total, and the seconds hold what could be computed."""
+    hang on it; with any, there is no total, and the seconds hold the other parts."""
 
     seconds: dict[str, float]
     total_s: float | None
@@ -44,9 +46,10 @@ def predict_step(workload: Workload, hardware: HardwareConfig, measured: Measure
     gradients overlap with the computing on a GPU, so that max(0, exchange − computing) is left: DeepSpeed's
     overlap_comm, on at stage 3 alone. All else is waited for, and on a CPU, whose ranks compute while they exchange,
     everything. 1F1B's bubble is (p − 1) micro batches. Documents fill their rows; layers, experts and batches are
-    evenly shared, and the fullest pipeline stage sets the pace. Data loading is not in it: rows are read ahead.
+    evenly shared, and the last pipeline stage, which has the head, sets the pace. Rows are read ahead: of their loading
+    what takes longer than everything else is left, 0 where the storage's bandwidth is not known.
     """
-    speeds, shards = Speeds(workload, hardware, measured), shard(workload)
+    speeds, shards = Speeds(workload, hardware, measured), shard(workload, stages(workload)[-1])
     micro = MicroBatch(workload, speeds)
     each = dict(micro.seconds) | _exchanged_each(workload, speeds)
     seconds = {part: workload.accumulation * took for part, took in each.items()}
@@ -57,14 +60,25 @@ def predict_step(workload: Workload, hardware: HardwareConfig, measured: Measure
     launches = speeds.operation_s * (workload.accumulation * micro.operations + _step_operations(workload))
     # A GPU is handed its operations ahead of time; a CPU's rank starts them itself.
     seconds["operations"] = launches if speeds.on_cpu else max(0.0, launches - device)
+    seconds["data loading"] = max(0.0, _loading(workload, hardware) - sum(seconds.values()))
     seconds = {part: took for part, took in seconds.items() if took}
     if speeds.missing:
-        return StepTime(seconds, None, None, None, {key: sorted(parts) for key, parts in speeds.missing.items()})
+        unknown = set().union(*speeds.missing.values())
+        known = {part: took for part, took in seconds.items() if part not in unknown}
+        return StepTime(known, None, None, None, {key: sorted(parts) for key, parts in speeds.missing.items()})
     total = sum(seconds.values())
     flops = train_flops(workload.sizes, workload.seq_len, workload.tokens_per_step)
     peak = hardware.device.peak_flops_per_s.get(PRODUCTS_IN[workload.precision])
     mfu = flops / total / workload.ranks / peak if peak else None
     return StepTime(seconds, total, workload.tokens_per_step / total, mfu)
+
+
+def _loading(workload: Workload, hardware: HardwareConfig) -> float:
+    """A step's rows, read from the corpus's shards by as many nodes as there are."""
+    if hardware.storage_bytes_per_s is None:
+        return 0.0
+    nodes = math.ceil(workload.ranks / ranks_per_node(workload, hardware))
+    return workload.tokens_per_step * shard_bytes_per_token(workload) / nodes / hardware.storage_bytes_per_s
 
 
 def _exchanged_each(workload: Workload, speeds: Speeds) -> dict[str, float]:
@@ -78,8 +92,7 @@ def _exchanged_each(workload: Workload, speeds: Speeds) -> dict[str, float]:
     sizes, numerics = workload.sizes, Numerics(workload.precision, speeds.on_cpu)
     tokens = workload.micro_batch_size * workload.seq_len / workload.sequence
     forwards = 2 if workload.activation_checkpointing else 1
-    count = sizes.num_hidden_layers
-    layers = [*range(count - layers_of_fullest_stage(workload), count), *[count] * sizes.num_nextn_predict_layers]
+    layers = [*stages(workload)[-1].layers, *[sizes.num_hidden_layers] * sizes.num_nextn_predict_layers]
     sparse = sum(sizes.is_sparse(layer) for layer in layers)
     row = numerics.compute * sizes.hidden_size * tokens
     matrices = attention_matrices(sizes)

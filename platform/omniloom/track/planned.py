@@ -1,8 +1,7 @@
 """`plan.json` in a run directory: what was predicted of the run before it began, and what it measured at its end."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +10,7 @@ from omniloom.track import jsonl
 
 FILE = "plan.json"
 WARM_UP_STEPS = 2  # the first ones allocate
+KEYS = {"cluster", "device", "predicted", "after_step"}  # of every plan
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,30 @@ class Measured:
     tokens_per_s: float | None
 
 
-def write_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Keep a run's plan; one that stands there, of an earlier start, is replaced."""
+def write_plan(folder: Path, plan: dict[str, Any], done: int) -> None:
+    """Keep a run's plan, and how many steps were done before it; one that stands there is replaced, its steps kept
+    where it said the same."""
     folder.mkdir(parents=True, exist_ok=True)
-    jsonl.replace_text(folder / FILE, json.dumps(plan, indent=1) + "\n")
+    before = _read(folder / FILE) or {}
+    if before.get("predicted") == plan["predicted"]:
+        done = before.get("after_step", done)
+    _write(folder, plan | {"after_step": done})
 
 
 def write_measured(folder: Path) -> None:
     """Put what the finished run measured beside what was predicted."""
     plan = json.loads((folder / FILE).read_text())
-    write_plan(folder, plan | {"measured": asdict(measure(folder))})
+    _write(folder, plan | {"measured": asdict(measure(folder, plan["after_step"]))})
 
 
-def measure(folder: Path) -> Measured:
-    """Read a run's measurements off its metrics; None where it was too short to have any."""
-    lines = list(jsonl.read(folder / "metrics.jsonl"))
-    steps = [line for line in lines if line["step"] > WARM_UP_STEPS]
+def _write(folder: Path, plan: dict[str, Any]) -> None:
+    jsonl.replace_text(folder / FILE, json.dumps(plan, indent=1) + "\n")
+
+
+def measure(folder: Path, after_step: int) -> Measured:
+    """Read a run's measurements off its metrics after a step; None where it was too short to have any."""
+    lines = [line for line in jsonl.read(folder / "metrics.jsonl") if line["step"] > after_step]
+    steps = [line for line in lines if line["step"] > after_step + WARM_UP_STEPS]
     return Measured(
         memory_bytes=max((line["memory_added_bytes"] for line in lines if "memory_added_bytes" in line), default=None),
         step_s=median(line["step_s"] for line in steps) if steps else None,
@@ -45,9 +53,30 @@ def measure(folder: Path) -> Measured:
     )
 
 
-def finished_plans(runs_dir: Path) -> Iterator[dict[str, Any]]:
-    """The plans of all runs, trials of sweeps too, that have been measured."""
-    for path in sorted(runs_dir.glob(f"**/{FILE}")):
+@dataclass
+class Finished:
+    """The plans of runs that have been measured, and the files that hold none."""
+
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
+
+
+def finished_plans(runs_dir: Path) -> Finished:
+    """Those of all runs, trials of sweeps too."""
+    found = Finished()
+    for path in sorted([*runs_dir.glob(f"*/{FILE}"), *runs_dir.glob(f"*/*/{FILE}")]):
+        plan = _read(path)
+        if plan is None or not plan.keys() >= KEYS:
+            found.damaged.append(path)
+        elif "measured" in plan:
+            found.plans.append(plan | {"run": str(path.parent.relative_to(runs_dir))})
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None where there is nothing that can be read."""
+    try:
         plan = json.loads(path.read_text())
-        if "measured" in plan:
-            yield plan | {"run": str(path.parent.relative_to(runs_dir))}
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) else None

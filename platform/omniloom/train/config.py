@@ -168,6 +168,21 @@ class TrainingRun:
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
 
+    def check_engine(self) -> None:
+        """Raise ConfigError for what DeepSpeed does not do."""
+        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, OPTIMIZERS)
+        if self.train.precision == "fp16" and self.parallel.zero_stage == 0:
+            raise ConfigError(
+                "at ZeRO 0 DeepSpeed divides the gradients by a loss scale that it never multiplied by: "
+                "train.precision=fp16 needs parallel.zero_stage=1, 2 or 3 (it is 0)"
+            )
+        clipping = self.train.gradient_clipping
+        if self.optimizer.kind == "muon" and self.parallel.zero_stage and clipping:
+            raise ConfigError(
+                "from ZeRO 1 on DeepSpeed clips Muon's orthogonal updates instead of the gradients, and nothing is "
+                f"learned: set train.gradient_clipping=0 (it is {clipping}), or parallel.zero_stage=0"
+            )
+
     def check_run(self, ranks: int) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
         self.model.check()
@@ -195,21 +210,11 @@ class TrainingRun:
                     f"training shares a run by ZeRO alone so far, planning knows more: parallel.{name}="
                     f"{getattr(self.parallel, name)} must be 1"
                 )
-        if train.precision == "fp16" and self.parallel.zero_stage == 0:
-            raise ConfigError(
-                "at ZeRO 0 DeepSpeed divides the gradients by a loss scale that it never multiplied by: "
-                "train.precision=fp16 needs parallel.zero_stage=1, 2 or 3 (it is 0)"
-            )
+        self.check_engine()
         if self.schedule.warmup_steps >= self.steps:
             raise ConfigError(
                 f"warm-up must end before the run does: schedule.warmup_steps={self.schedule.warmup_steps} is not "
                 f"under train.steps={self.steps}"
-            )
-        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, OPTIMIZERS)
-        if self.optimizer.kind == "muon" and self.parallel.zero_stage and train.gradient_clipping:
-            raise ConfigError(
-                "from ZeRO 1 on DeepSpeed clips Muon's orthogonal updates instead of the gradients, and nothing is "
-                f"learned: set train.gradient_clipping=0 (it is {train.gradient_clipping}), or parallel.zero_stage=0"
             )
         for key in ("decay_share", "floor"):
             if not 0 <= getattr(self.schedule, key) <= 1:

@@ -37,6 +37,7 @@ class Task:
 
     runs_dir: str
     cluster: str
+    device: str  # as the cluster's description names it
     seconds_each: float = 0.5
     products: int = 1_024  # rows and columns; 8 times as many on a GPU
     documents: tuple[int, ...] = (256, 1_024, 4_096)
@@ -66,7 +67,8 @@ def measure(task: Task) -> None:
             host=platform.node(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             torch=torch.__version__,
-            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            device=task.device,
+            accelerator=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             rates=rates,
         )
