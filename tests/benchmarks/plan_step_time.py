@@ -24,7 +24,8 @@ from omniloom.plan.params import count_parameters
 from omniloom.plan.step_time import predict_step
 from omniloom.train.config import DataConfig, ParallelConfig, TrainConfig, TrainingRun
 
-WARM_UP, STEPS = 2, 5
+# Experts' products have shapes of their own at first, for each of which oneDNN builds a program in half precision.
+WARM_UP, EXPERTS_WARM_UP, STEPS = 2, 12, 5
 TEXT = ModelConfig(image_patch_pixels=None, video_patch_pixels=None, audio_mels=None)
 LLAMA = replace(TEXT, attention="grouped", n_routed_experts=0)
 GPT = replace(LLAMA, norm="layer", position="learned", attention_bias=True, activation="gelu_tanh", mlp_bias=True)
@@ -81,6 +82,11 @@ class Shape:
         rows = f"{self.accumulation}×{self.micro_batch_size}×{self.seq_len}"
         again = " twice" if self.checkpointing else ""
         return f"{self.model:17} {rows:11} {self.precision:13} ZeRO {self.zero_stage} {self.ranks} ranks{again}"
+
+    @property
+    def warm_up(self) -> int:
+        """Steps that are not timed."""
+        return EXPERTS_WARM_UP if MODELS[self.model].n_routed_experts else WARM_UP
 
     def run(self) -> TrainingRun:
         """As the train job has it."""
@@ -147,7 +153,7 @@ def train_steps(asked: tuple[Shape, str]) -> None:
         )  # fmt: skip
 
     took, computed = [], []
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(shape.warm_up + STEPS):
         batches = [Batch([row() for _ in range(shape.micro_batch_size)]) for _ in range(shape.accumulation)]
         start, begun = time.perf_counter(), time.process_time()
         training_step(engine, model, batches, torch.ones(1), run.train, 0.5)
@@ -179,7 +185,8 @@ def main() -> None:
                 run_on_ranks(train_steps, (shape, str(path)), ClusterConfig(workers=shape.ranks))
                 answer = json.loads(path.read_text())
                 assert answer["threads"] == measured.threads
-                median = statistics.median(answer["seconds"][WARM_UP:])
+                timed = answer["seconds"][shape.warm_up :]
+                median = statistics.median(timed)
                 workload = shape.run().workload(shape.ranks)
                 step = predict_step(workload, HardwareConfig(), measured)
                 assert step.total_s is not None
@@ -187,8 +194,8 @@ def main() -> None:
                 millions = (counted.params_total + counted.params_mtp) / 1e6
                 ratios[str(shape)] = step.total_s / median
                 parts = ", ".join(f"{part} {took:.2f}" for part, took in step.seconds.items())
-                core = statistics.median(answer["computed"][WARM_UP:])
-                spread = f"{min(answer['seconds'][WARM_UP:]):.2f} … {max(answer['seconds'][WARM_UP:]):.2f}"
+                core = statistics.median(answer["computed"][shape.warm_up :])
+                spread = f"{min(timed):.2f} … {max(timed):.2f}"
                 print(
                     f"{shape} {millions:5.0f}M  predicted {step.total_s:6.2f} s  measured {median:6.2f} s ({spread}; "
                     f"{core:.2f} on its core)  "

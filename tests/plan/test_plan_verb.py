@@ -152,7 +152,8 @@ def test_a_damaged_index_is_told(content: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_measurements_of_another_device_are_left_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "machines").mkdir()
-    rates = Rates(1, {"fp32": 1e11}, {"fp32": [(256.0, 1e10)]}, {"fp32": [(256.0, 1e10)]}, {"fp32": 1e10},
+    curve = [(256.0, 1e10)]
+    rates = Rates(1, {"fp32": curve}, {"fp32": {64: curve}}, {"fp32": {64: curve}}, {"fp32": 1e10},
                   [(1e6, 1e10)], [(1e6, 1e10)], 1e-5)  # fmt: skip
     write_measurements(Measurements("here", "2026-01-01", "2.13", "cpu", "cpu", 1, [rates]), tmp_path, "local")
     words = ["model=tiny_gpt", "train.steps=10", f"runs_dir={tmp_path}", "--json"]

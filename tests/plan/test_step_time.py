@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.plan.collectives import Group, Links
-from omniloom.plan.config import DeviceConfig, Exchange, HardwareConfig, Measurements, Rates, Workload
+from omniloom.plan.config import Curve, DeviceConfig, Exchange, HardwareConfig, Measurements, Rates, Workload
 from omniloom.plan.flops import train_flops
-from omniloom.plan.measured import describe, measurements_path, read_curve, read_measurements, write_measurements
+from omniloom.plan.measured import (
+    attention_s_per_flop,
+    describe,
+    measurements_path,
+    read_curve,
+    read_measurements,
+    write_measurements,
+)
 from omniloom.plan.params import count_parameters
 from omniloom.plan.step_time import predict_step
 
@@ -124,7 +131,7 @@ def test_a_product_is_no_faster_than_memory_brings_it_its_numbers() -> None:
     ("precision", "stage", "each", "exchange", "first"),
     [
         ("fp32", 0, 100, 16, 0), ("bf16", 0, 118, 8, 0), ("fp32", 1, 128, 32, 0), ("bf16", 2, 128, 16, 3),
-        ("bf16_autocast", 3, 128, 40, 3),
+        ("bf16_autocast", 3, 128, 56, 3),
     ],
 )  # fmt: skip
 def test_the_optimizer_by_hand(precision: str, stage: int, each: int, exchange: int, first: int) -> None:
@@ -256,9 +263,9 @@ def test_tokens_a_second_and_mfu() -> None:
 
 RATES = Rates(
     ranks=1,
-    matmul_flops_per_s={"fp32": 2e9, "bf16": 8e9},
-    attention_forward_flops_per_s={"fp32": [(16, 1e8), (64, 4e8)]},
-    attention_backward_flops_per_s={"fp32": [(16, 2e8), (64, 2e8)]},
+    matmul_flops_per_s={"fp32": [(1, 2e9)], "bf16": [(1, 8e9)]},
+    attention_forward_flops_per_s={"fp32": {4: [(16, 1e8), (64, 4e8)]}},
+    attention_backward_flops_per_s={"fp32": {4: [(16, 2e8), (64, 2e8)]}},
     block_attention_flops_per_s={"fp32": 1e8},
     elementwise_bytes_per_s=[(1e6, FAST)],
     in_place_bytes_per_s=[(1e3, 1e9), (1e9, 1e9)],
@@ -282,6 +289,32 @@ def test_what_was_measured_takes_the_place_of_what_is_described() -> None:
     held = 4 * count_parameters(SMALL).params_total
     assert both.seconds["ZeRO exchange"] == pytest.approx((2 + 1) / 2 * held / 1e9)
     assert both.seconds["operations"] == pytest.approx(1e-3 * (4 * 2 * 120 + 2 * 10 * 15))
+
+
+def test_a_products_rate_goes_by_its_rows() -> None:
+    few = replace(RATES, matmul_flops_per_s={"fp32": [(16, 1e9), (64, 2e9)]})
+    on_cpu = replace(MACHINE, device=replace(DEVICE, name="cpu"))
+    rows = replace(ONE, sizes=EXPERTS, micro_batch_size=1)  # an expert's
+    fast, slow = (predict_step(rows, on_cpu, replace(MEASURED, rates=[rates])) for rates in (RATES, few))
+    assert slow.seconds["experts"] == pytest.approx(2 * fast.seconds["experts"])
+    assert slow.seconds["head"] == pytest.approx(fast.seconds["head"] * 2 / 2**0.5)  # of 32 rows
+
+
+def test_a_key_of_attention_costs_its_softmax_and_its_width() -> None:
+    curves: dict[int, Curve] = {d: [(1, d / (3 + 2 * d))] for d in (32, 64, 128)}  # 3 + 2·d seconds a key
+    for width in (32, 48, 96, 128, 192):
+        assert attention_s_per_flop(curves, width, 99) == pytest.approx((3 + 2 * width) / width)
+    assert attention_s_per_flop(curves, 8, 99) == pytest.approx((3 + 2 * 8) / 8)
+    assert attention_s_per_flop({64: [(1, 2.0)]}, 16, 99) == 0.5
+    odd: dict[int, Curve] = {32: [(1, 32 / 10)], 64: [(1, 64 / 100)]}  # a line below nothing at width 0
+    assert attention_s_per_flop(odd, 16, 99) == pytest.approx(10 / 32)
+
+
+def test_zero_3_takes_python_at_every_module() -> None:
+    on_cpu = replace(MACHINE, device=replace(DEVICE, name="cpu"))
+    slow = replace(MEASURED, rates=[replace(RATES, operation_s=1e-3)])
+    second, third = (predict_step(replace(ONE, zero_stage=stage), on_cpu, slow).seconds for stage in (2, 3))
+    assert third["operations"] - second["operations"] == pytest.approx(1e-3 * 4 * 2 * 430 * (7 + 2))
 
 
 def test_curves_are_lines_in_logarithms_and_flat_outside() -> None:

@@ -20,10 +20,10 @@ BRIEF = partial(Task, seconds_each=1e-3, products=64, documents=(32, 64), tensor
 
 def numbers(rates: Rates) -> list[float]:
     """Every rate, in no order."""
-    found: list[float] = [rates.operation_s, *rates.matmul_flops_per_s.values()]
-    found += rates.block_attention_flops_per_s.values()
-    curves = [rates.elementwise_bytes_per_s, rates.in_place_bytes_per_s]
-    curves += [*rates.attention_forward_flops_per_s.values(), *rates.attention_backward_flops_per_s.values()]
+    found: list[float] = [rates.operation_s, *rates.block_attention_flops_per_s.values()]
+    curves = [rates.elementwise_bytes_per_s, rates.in_place_bytes_per_s, *rates.matmul_flops_per_s.values()]
+    for attention in (rates.attention_forward_flops_per_s, rates.attention_backward_flops_per_s):
+        curves += [curve for widths in attention.values() for curve in widths.values()]
     found += [rate for curve in curves for _, rate in curve]
     return found + [x for one in rates.collectives.values() for x in (one.latency_s, one.bytes_per_s)]
 
@@ -47,7 +47,8 @@ def test_one_rank_is_measured_alone(ray_cluster: None, tmp_path: Path) -> None:
     assert all(0 < number < math.inf for number in numbers(rates))
     assert rates.collectives == {}
     assert [size for size, _ in rates.elementwise_bytes_per_s] == [0.01 * (1 << 20), 0.1 * (1 << 20)]
-    assert [tokens for tokens, _ in rates.attention_backward_flops_per_s["bf16"]] == [32, 64]
+    assert [tokens for tokens, _ in rates.attention_backward_flops_per_s["bf16"][64]] == [32, 64]
+    assert [rows for rows, _ in rates.matmul_flops_per_s["fp32"]] == [4, 16, 64, 256]
     assert found.threads == 1  # as many as cluster.cpus_per_worker gives each rank
     again = write_measurements(replace(found, host="another"), tmp_path, "again")
     assert replace(found, host="another") == read_measurements(tmp_path, "again")

@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from ray import cloudpickle
 
 from omniloom.cluster.config import ClusterConfig
 from omniloom.cluster.launch import run_on_ranks
+from omniloom.cluster.local import WORKER_ENVIRONMENT
 from omniloom.data.loader import Batch
 from omniloom.errors import ClusterError, DataError
 from omniloom.modality.config import Widths
@@ -227,6 +229,17 @@ def platform_version(folder: str) -> None:
 def test_platform_is_the_standard_librarys_in_a_ray_worker(ray_cluster: None, tmp_path: Path) -> None:
     run_on_ranks(platform_version, str(tmp_path), ClusterConfig(workers=1))
     assert (tmp_path / "version").read_text() == sys.version.split()[0]
+
+
+def libraries(folder: str) -> None:
+    Path(folder, "maps").write_text(Path("/proc/self/maps").read_text())
+    Path(folder, "environment").write_text(json.dumps({name: os.environ.get(name) for name in WORKER_ENVIRONMENT}))
+
+
+def test_a_ranks_memory_comes_from_the_allocator_that_plans_count_on(ray_cluster: None, tmp_path: Path) -> None:
+    run_on_ranks(libraries, str(tmp_path), ClusterConfig(workers=1))
+    assert "libjemalloc" in (tmp_path / "maps").read_text()
+    assert json.loads((tmp_path / "environment").read_text()) == WORKER_ENVIRONMENT
 
 
 def fail_on_rank_one(kind: str) -> None:

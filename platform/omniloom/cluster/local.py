@@ -28,10 +28,14 @@ START_S, STOP_S = 120.0, 15.0
 UP = "up"
 # Of every process of a cluster on this machine, for its workers inherit it.
 WORKER_ENVIRONMENT = {
-    # Tensors come from the heap that is kept, not from fresh pages each time; those of 32 MiB and more, whose holes
-    # nothing else would fill, are given back. plan.memory counts on both.
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    # Ray's own processes allocate by jemalloc, and now its workers too: memory that tensors have freed serves the next
+    # step's, where fresh pages would cost more than what is computed on them. One arena, for what the backward pass's
+    # thread frees is of use to the forward pass's, and one of those of 32 MiB and more, in which small ones leave no
+    # holes. plan.memory counts on it.
+    "RAY_LD_PRELOAD_ON_WORKERS": "1",
+    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1,oversize_threshold:33554432",
+    # oneDNN builds a program for each shape of a half-precision product, and experts' products have a new one each.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # at Ray's 2 s a short run mostly waits
 }
 

@@ -144,16 +144,17 @@ class Exchange:
 class Rates:
     """What each of so many ranks of one node reaches while all of them work. Precisions are those of the products.
 
-    attention counts the keys that causal attention sees, 4·H·d each forward and 2.5 times that backward, by tokens of
-    a document; block_attention, sparse attention's kernel with a mask, the keys it is handed. elementwise and in_place
-    are what the same operations read and write, by bytes of one tensor: each into a tensor of its own, whose memory may
-    have to be made first, and into tensors that are there. operation_s passes before the smallest operation is done.
+    Products are a linear layer's, by rows. attention counts the keys that causal attention sees, 4·H·d each forward and
+    2.5 times that backward, by a head's width d and by tokens of a document; block_attention, sparse attention's kernel
+    with a mask, the keys it is handed. elementwise and in_place are what the same operations read and write, by bytes
+    of one tensor: each into a tensor of its own, whose memory may have to be made first, and into tensors that are
+    there. operation_s passes before the smallest operation is done.
     """
 
     ranks: int
-    matmul_flops_per_s: dict[str, float]
-    attention_forward_flops_per_s: dict[str, Curve]
-    attention_backward_flops_per_s: dict[str, Curve]
+    matmul_flops_per_s: dict[str, Curve]
+    attention_forward_flops_per_s: dict[str, dict[int, Curve]]
+    attention_backward_flops_per_s: dict[str, dict[int, Curve]]
     block_attention_flops_per_s: dict[str, float]
     elementwise_bytes_per_s: Curve
     in_place_bytes_per_s: Curve

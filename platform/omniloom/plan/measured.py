@@ -19,6 +19,22 @@ def read_curve(curve: Curve, size: float) -> float:
     return at_low * (at_high / at_low) ** share
 
 
+def attention_s_per_flop(curves: dict[int, Curve], width: int, tokens: float) -> float:
+    """Seconds of a FLOP of attention with heads of a width d: a key costs a + b·d, its softmax and its products.
+
+    Between two measured widths by a line, beyond them along the outermost two's; a narrower head costs no less a FLOP
+    than the narrowest.
+    """
+    widths = sorted(curves)
+    a_key = [measured / read_curve(curves[measured], tokens) for measured in widths]
+    if len(widths) == 1:
+        return a_key[0] / widths[0]
+    above = max(1, next((i for i, measured in enumerate(widths) if measured >= width), len(widths) - 1))
+    slope = (a_key[above] - a_key[above - 1]) / (widths[above] - widths[above - 1])
+    took = (a_key[above] + slope * (width - widths[above])) / width
+    return max(took, a_key[0] / widths[0]) if width < widths[0] else took
+
+
 def measurements_path(runs_dir: Path, cluster: str) -> Path:
     """Where those of a cluster of this name are kept."""
     return runs_dir / "machines" / f"{cluster}.json"
@@ -63,23 +79,28 @@ def describe(measured: Measurements) -> dict[str, str]:
         def by_precision(flops: dict[str, float]) -> str:
             return ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in flops.items())
 
-        def by_size(curves: dict[str, Curve]) -> str:
+        def by_size(curves: dict[str, Curve], unit: str) -> str:
             of_each = [
                 f"{name} {' / '.join(f'{rate / 1e9:,.0f}' for _, rate in curve)}" for name, curve in curves.items()
             ]
             sizes = " / ".join(f"{size:,.0f}" for size, _ in next(iter(curves.values())))
-            return f"{', '.join(of_each)} at {sizes} tokens"
+            return f"{', '.join(of_each)} at {sizes} {unit}"
+
+        def by_width(curves: dict[str, dict[int, Curve]]) -> str:
+            widths = next(iter(curves.values()))
+            return "; ".join(
+                f"heads of {width} {by_size({name: each[width] for name, each in curves.items()}, 'tokens')}"
+                for width in widths
+            )
 
         moved = " / ".join(f"{rate / 1e9:,.1f}" for _, rate in rates.elementwise_bytes_per_s)
         stepped = " / ".join(f"{rate / 1e9:,.1f}" for _, rate in rates.in_place_bytes_per_s)
         sizes = " / ".join(f"{size / 2**20:,.3g}" for size, _ in rates.elementwise_bytes_per_s)
         lines |= {
-            f"{who}: products": f"GFLOP/s each: {by_precision(rates.matmul_flops_per_s)}",
-            f"{who}: attention": (
-                f"GFLOP/s each, forward {by_size(rates.attention_forward_flops_per_s)}; "
-                f"backward {by_size(rates.attention_backward_flops_per_s)}; "
-                f"masked blocks {by_precision(rates.block_attention_flops_per_s)}"
-            ),
+            f"{who}: products": f"GFLOP/s each: {by_size(rates.matmul_flops_per_s, 'rows')}",
+            f"{who}: attention": f"GFLOP/s each: {by_width(rates.attention_forward_flops_per_s)}; "
+            f"masked blocks {by_precision(rates.block_attention_flops_per_s)}",
+            f"{who}: attention backward": f"GFLOP/s each: {by_width(rates.attention_backward_flops_per_s)}",
             f"{who}: elementwise": f"GB/s each: {moved} in tensors of {sizes} MiB; "
             f"{1e6 * rates.operation_s:.1f} µs the smallest operation",
             f"{who}: in place": f"GB/s each: {stepped} in the same",

@@ -23,10 +23,10 @@ from omniloom.plan.sharding import Shards, Stage, shard, stages
 WEIGHT_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 LIVE_NUMBERS = 1_000_000_000  # that ZeRO 3 keeps gathered: stage3_max_live_parameters
 SUB_GROUP_NUMBERS = 1_000_000_000  # that ZeRO 3 steps at a time: sub_group_size
-HEAP_BYTES = 32 << 20  # a CPU rank's larger tensors are given back, smaller ones stay in its heap (cluster/local.py)
-# Blocks of one size cannot serve another: of a CPU's heap, as measured; of all that a GPU's allocator holds, a round
-# figure.
-HEAP_FRAGMENTATION, GPU_FRAGMENTATION = 0.40, 0.05
+HEAP_BYTES = 32 << 20  # a CPU rank's larger tensors have a heap of their own (cluster/local.py)
+# Blocks of one size cannot serve another: of a CPU's heap of small tensors, and of what is in its heap of large ones
+# when ranks reduce a bucket, both as measured; of all that a GPU's allocator holds, a round figure.
+HEAP_FRAGMENTATION, REDUCED_FRAGMENTATION, GPU_FRAGMENTATION = 0.40, 0.25, 0.05
 
 ORDER = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "buffers", "fragmentation")
 
@@ -52,7 +52,7 @@ def count_memory(workload: Workload, on_cpu: bool = False) -> Memory:
     What is held all the time stands under each of: the backward pass's beginning, with activations and logits and what
     earlier micro batches left of gradients; where its first gradients have come, with the bucket that they are
     exchanged in; its end, with all gradients; the optimizer's step, with the shard's gradients flattened and the
-    optimizer's temporaries. On a CPU the heap keeps what small tensors have freed: every moment stands on top of it.
+    optimizer's temporaries. On a CPU what small tensors have freed serves small ones: every moment stands on top of it.
     """
     return max((_of_stage(workload, stage, on_cpu) for stage in stages(workload)), key=lambda memory: memory.total)
 
@@ -100,12 +100,14 @@ def _on_cpu(workload: Workload, shards: Shards, activations: Parts, logits: Part
     heap = heap | {"gradients": apart + room}
     gathered = _gathered(workload, shards) * (1 - large)
     heap["fragmentation"] = HEAP_FRAGMENTATION * (_total(heap) + gathered)
+    reduced = _reduced(workload, shards)
+    holes = REDUCED_FRAGMENTATION * reduced if workload.zero_stage and shards.common_replicas > 1 else 0.0
     waiting = 0.0 if apart else whole * large
     if workload.zero_stage == 1:  # a bucket's pages come as it is filled, and what is copied into it goes
         waiting = max(0.0, waiting - _bucket(workload, shards))
     return [
         ("backward", _sum(heap, logits, {"gradients": flat})),
-        ("backward", _sum(heap, {"gradients": flat + waiting, "buffers": _reduced(workload, shards)})),
+        ("backward", _sum(heap, {"gradients": flat + waiting, "buffers": reduced, "fragmentation": holes})),
         ("step", _sum(heap, _step(workload, shards, on_cpu=True))),
     ]
 

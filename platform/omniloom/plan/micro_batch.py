@@ -83,9 +83,12 @@ class MicroBatch:
             self.seconds["attention"] += passes * self._speeds.block_attention("attention", flops, self._unscaled)
         else:
             flops = tokens * attention_flops_per_token(sizes, documents)
+            # The narrower of keys and values is padded to the wider.
+            width = max(_key_width(sizes), _value_width(sizes))
+            flops *= 2 * width / (_key_width(sizes) + _value_width(sizes))
             forward, backward = self._forwards * flops, ATTENTION_BACKWARD * flops
             for work, is_backward in ((forward, False), (backward, True)):
-                took = self._speeds.attention("attention", work, documents, self._unscaled, is_backward)
+                took = self._speeds.attention("attention", work, documents, width, self._unscaled, is_backward)
                 self.seconds["attention"] += took
 
     def _ends(self) -> None:

@@ -1,10 +1,11 @@
 """What one rank reaches: what was measured, else what the cluster's description says, else the data sheet's peaks."""
 
+import math
 from collections import defaultdict
 
 from omniloom.plan.collectives import Group, Links, ranks_per_node
 from omniloom.plan.config import HardwareConfig, Measurements, Workload
-from omniloom.plan.measured import read_curve
+from omniloom.plan.measured import attention_s_per_flop, read_curve
 from omniloom.plan.params import Matrix
 
 PRODUCTS_IN = {"fp32": "fp32", "bf16_autocast": "bf16", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8"}
@@ -35,24 +36,27 @@ class Speeds:
             return 0.0
         moved = NUMBER_BYTES[precision] * (rows * (matrix.inputs + matrix.outputs) + matrix.parameters)
         bandwidth = self._bandwidth(moved, in_place=True)
-        return max(self.flops(part, 2 * rows * matrix.parameters, precision), moved / bandwidth if bandwidth else 0.0)
+        computed = self.flops(part, 2 * rows * matrix.parameters, precision, rows)
+        return max(computed, moved / bandwidth if bandwidth else 0.0)
 
-    def flops(self, part: str, flops: float, precision: str) -> float:
-        """Seconds of so many FLOPs in matrix products."""
-        rate = self._matmul(precision)
+    def flops(self, part: str, flops: float, precision: str, rows: float = math.inf) -> float:
+        """Seconds of so many FLOPs in matrix products of so many rows each."""
+        rate = self._matmul(precision, rows)
         if rate is None:
             self._miss(f"cluster.device.peak_flops_per_s.{precision}", part)
             return 0.0
         return flops / rate
 
-    def attention(self, part: str, flops: float, tokens: int, precision: str, backward: bool = False) -> float:
-        """Seconds of causal attention over documents of `tokens`."""
+    def attention(
+        self, part: str, flops: float, tokens: int, width: int, precision: str, backward: bool = False
+    ) -> float:
+        """Seconds of causal attention over documents of `tokens` with heads of `width`."""
         if self._rates:
             curves = (
                 self._rates.attention_backward_flops_per_s if backward else self._rates.attention_forward_flops_per_s
             )
             if precision in curves:
-                return flops / read_curve(curves[precision], tokens)
+                return flops * attention_s_per_flop(curves[precision], width, tokens)
         return self._attention_by_description(part, flops, precision)
 
     def block_attention(self, part: str, flops: float, precision: str) -> float:
@@ -94,9 +98,9 @@ class Speeds:
         rate = self._device.attention_flops_per_s.get(precision)
         return flops / rate if rate else self.flops(part, flops, precision)
 
-    def _matmul(self, precision: str) -> float | None:
+    def _matmul(self, precision: str, rows: float) -> float | None:
         if self._rates and precision in self._rates.matmul_flops_per_s:
-            return self._rates.matmul_flops_per_s[precision]
+            return read_curve(self._rates.matmul_flops_per_s[precision], rows)
         device = self._device
         return device.matmul_flops_per_s.get(precision) or device.peak_flops_per_s.get(precision)
 

@@ -178,10 +178,12 @@ class Engine:
 
 
 def _trim_heap() -> None:
-    """Give back what building and sharding the model has freed: glibc keeps it, in holes that fit little else."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Give back what building and sharding the model has freed: it lies in holes that fit little else."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallctl"):  # jemalloc
+        allocator.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))  # of all arenas
+    elif hasattr(allocator, "malloc_trim"):
+        allocator.malloc_trim(0)
 
 
 def shut_down() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ class Task:
     device: str  # as the cluster's description names it
     seconds_each: float = 0.5
     products: int = 1_024  # rows and columns; 8 times as many on a GPU
+    rows: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4)  # of products, so many times that: from an expert's to long rows'
+    head_widths: tuple[int, ...] = (32, 64, 128)
     documents: tuple[int, ...] = (256, 1_024, 4_096)
     tensors_mib: tuple[float, ...] = (1, 4, 16, 32, 64, 128)
     exchanged_mib: float = 32
@@ -89,12 +92,12 @@ class _Bench:
     def rates(self, ranks: int, together: bool) -> Rates:
         """Everything once; of ranks that work together the slowest counts."""
         self._together, dtypes = together, self._precisions.items()
-        forward: dict[str, Curve] = {}
-        backward: dict[str, Curve] = {}
-        for name, dtype in dtypes:
-            both = [(tokens, *self._attention(tokens, dtype)) for tokens in self._task.documents]
-            forward[name] = [(tokens, rate) for tokens, rate, _ in both]
-            backward[name] = [(tokens, rate) for tokens, _, rate in both]
+        forward: dict[str, dict[int, Curve]] = {name: {} for name in self._precisions}
+        backward: dict[str, dict[int, Curve]] = {name: {} for name in self._precisions}
+        for (name, dtype), width in product(dtypes, self._task.head_widths):
+            both = [(tokens, *self._attention(tokens, width, dtype)) for tokens in self._task.documents]
+            forward[name][width] = [(tokens, rate) for tokens, rate, _ in both]
+            backward[name][width] = [(tokens, rate) for tokens, _, rate in both]
         return Rates(
             ranks=ranks,
             matmul_flops_per_s={name: self._products(dtype) for name, dtype in dtypes},
@@ -109,25 +112,28 @@ class _Bench:
             else {},
         )
 
-    def _products(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a linear layer's three products."""
+    def _products(self, dtype: torch.dtype) -> Curve:
+        """FLOP/s of a linear layer's three products, by rows."""
         side = self._task.products * (8 if self._device.type == "cuda" else 1)
-        x, weight, gradient = (torch.randn(side, side, device=self._device).to(dtype) for _ in range(3))
+        return [(rows, self._layer(rows, side, dtype)) for rows in (int(side * share) for share in self._task.rows)]
+
+    def _layer(self, rows: int, side: int, dtype: torch.dtype) -> float:
+        x, weight, gradient = (torch.randn(n, side, device=self._device).to(dtype) for n in (rows, side, rows))
 
         def layer() -> None:
             F.linear(x, weight)
             gradient @ weight
             gradient.T @ x
 
-        return 3 * 2 * side**3 / self._seconds(f"products, {_name(dtype)}", layer)
+        return 3 * 2 * rows * side**2 / self._seconds(f"products, {rows} rows, {_name(dtype)}", layer)
 
-    def _attention(self, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
+    def _attention(self, tokens: int, width: int, dtype: torch.dtype) -> tuple[float, float]:
         """FLOP/s of causal attention by the planner's count, forward and backward."""
-        shape = (tokens, self._heads, HEAD_WIDTH)
+        shape = (tokens, self._heads, width)
         query, key, value = (torch.randn(shape, device=self._device).to(dtype).requires_grad_() for _ in range(3))
 
         def forward() -> Tensor:
-            return attend_fully(query, key, value, [], HEAD_WIDTH**-0.5)
+            return attend_fully(query, key, value, [], width**-0.5)
 
         out = forward()
         gradient = torch.ones_like(out)
@@ -135,7 +141,8 @@ class _Bench:
         def backward() -> None:
             torch.autograd.grad(out, (query, key, value), gradient, retain_graph=True)
 
-        flops, what = 4 * self._heads * HEAD_WIDTH * (tokens + 1) / 2 * tokens, f"attention, {tokens}, {_name(dtype)}"
+        flops = 4 * self._heads * width * (tokens + 1) / 2 * tokens
+        what = f"attention, {tokens} tokens, heads of {width}, {_name(dtype)}"
         forward_s = self._seconds(what, forward)
         return flops / forward_s, ATTENTION_BACKWARD * flops / self._seconds(f"{what}, backward", backward)
 
