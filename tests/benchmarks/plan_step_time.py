@@ -25,7 +25,7 @@ from omniloom.plan.step_time import predict_step
 from omniloom.train.config import DataConfig, ParallelConfig, TrainConfig, TrainingRun
 
 # Experts' products have shapes of their own at first, for each of which oneDNN builds a program in half precision.
-WARM_UP, EXPERTS_WARM_UP, STEPS = 2, 12, 5
+WARM_UP, EXPERTS_WARM_UP, STEPS = 2, 40, 5
 TEXT = ModelConfig(image_patch_pixels=None, video_patch_pixels=None, audio_mels=None)
 LLAMA = replace(TEXT, attention="grouped", n_routed_experts=0)
 GPT = replace(LLAMA, norm="layer", position="learned", attention_bias=True, activation="gelu_tanh", mlp_bias=True)
