@@ -22,6 +22,7 @@ from omniloom.plan.speeds import PRODUCTS_IN, Speeds
 from omniloom.plan.traffic import Moved, weight_traffic
 
 KEPT_GATHERED = 500_000_000  # ZeRO 3 keeps what is used again within 10⁹ parameters: stage3_max_reuse_distance
+SCATTERED_ALONE = 3  # of a buffer's bytes that a reduce-scatter of one rank copies, a buffer and a half
 STEP_OPERATIONS = 15  # a tensor
 # ZeRO 3 fetches and lets go each module's weights, forward and backward, in Python: 0.48 ms a module where the smallest
 # operation took 1.1 µs (model of 93 modules too small for anything else to count).
@@ -129,6 +130,8 @@ def _weights_and_gradients(workload: Workload, shards: Shards, speeds: Speeds, c
     for numbers in _tensors(workload, whole):
         took += micros * speeds.in_place("gradients", *_times(moved.casts, numbers), w * numbers)
         took += (micros - 1) * speeds.in_place("gradients", *_times(moved.sums, numbers), w * numbers)
+    if stage == 3 and shards.common_replicas == 1:
+        took += micros * speeds.in_place("gradients", SCATTERED_ALONE * w * whole, 0.0, w * whole)
     seconds = {"gradients": took}
     groups = (
         (w * shards.common, Group(shards.common_replicas, workload.tensor)),
