@@ -310,6 +310,14 @@ def test_a_key_of_attention_costs_its_softmax_and_its_width() -> None:
     assert attention_s_per_flop(odd, 16, 99) == pytest.approx(10 / 32)
 
 
+def test_the_narrower_of_keys_and_values_costs_as_much_as_the_wider() -> None:
+    heads = {"attention": "latent", "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2}
+    narrow, wide = (replace(SMALL, **heads, v_head_dim=width) for width in (2, 6))
+    took, padded = (seconds(replace(ONE, sizes=sizes))["attention"] for sizes in (narrow, wide))
+    assert took == pytest.approx(padded)
+    assert took == pytest.approx((1 + 2.5) * 8 * 32 * 2 * (2 * 2 * 4 * 6 * 33 / 2) / 1e8)
+
+
 def test_zero_3_takes_python_at_every_module() -> None:
     on_cpu = replace(MACHINE, device=replace(DEVICE, name="cpu"))
     slow = replace(MEASURED, rates=[replace(RATES, operation_s=1e-3)])

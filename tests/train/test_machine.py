@@ -48,6 +48,8 @@ def test_one_rank_is_measured_alone(ray_cluster: None, tmp_path: Path) -> None:
     assert rates.collectives == {}
     assert [size for size, _ in rates.elementwise_bytes_per_s] == [0.01 * (1 << 20), 0.1 * (1 << 20)]
     assert [tokens for tokens, _ in rates.attention_backward_flops_per_s["bf16"][64]] == [32, 64]
+    for attention in (rates.attention_forward_flops_per_s, rates.attention_backward_flops_per_s):
+        assert [sorted(widths) for widths in attention.values()] == [[32, 64, 128]] * 2
     assert [rows for rows, _ in rates.matmul_flops_per_s["fp32"]] == [4, 16, 64, 256]
     assert found.threads == 1  # as many as cluster.cpus_per_worker gives each rank
     again = write_measurements(replace(found, host="another"), tmp_path, "again")

@@ -1,4 +1,4 @@
-"""Predicted against measured peak memory of real ranks: of what was asked for within 10%, of more within 20%."""
+"""Predicted against measured peak memory of real ranks within 10%, of one case within 20%."""
 
 import json
 import os
@@ -15,20 +15,21 @@ from ray._private.services import JEMALLOC_SO
 from omniloom.cluster.local import WORKER_ENVIRONMENT
 from omniloom.plan.memory import count_memory
 
-WITHIN, WITHIN_MORE, LEAST_BYTES = 0.10, 0.20, 1e9
+WITHIN, WITHIN_LOOSE, LEAST_BYTES = 0.10, 0.20, 1e9
 
 
 def case(shape: str, zero_stage: int, ranks: int, **more: int) -> dict[str, Any]:
     return {"shape": shape, "zero_stage": zero_stage, "ranks": ranks} | more
 
 
-PLAIN = [case(shape, stage, ranks) for shape in FITTED for stage in range(4) for ranks in (1, 2)]
+# What ZeRO 2 keeps of earlier micro batches leaves holes that are not counted: 0.86 of what was measured.
+LOOSE = case("gpt", 2, 1, accumulation=2)
+ALL = [case(shape, stage, ranks) for shape in FITTED for stage in range(4) for ranks in (1, 2)]
 # Several micro batches a step, and buckets that fill before the backward pass has ended.
-ALL = [
-    *PLAIN,
+ALL += [
     case("llama", 0, 1, accumulation=2),
     case("experts", 1, 2, accumulation=2, bucket=20_000_000),
-    case("gpt", 2, 1, accumulation=2),
+    LOOSE,
     case("llama", 2, 2, accumulation=2, bucket=12_000_000),
     case("experts", 3, 1, accumulation=2, bucket=20_000_000),
     case("experts", 1, 1, bucket=20_000_000),
@@ -81,4 +82,4 @@ def test_a_ranks_memory_is_what_was_predicted(asked: dict[str, Any]) -> None:
     ratio = f"{memory.total / measured:.2f}"
     print(f"\n{asked}: predicted {memory.total / 1e6:,.0f} MB, measured {measured / 1e6:,.0f} MB, {ratio} of it")
     assert measured > LEAST_BYTES
-    assert memory.total == pytest.approx(measured, rel=WITHIN if asked in PLAIN else WITHIN_MORE), memory
+    assert memory.total == pytest.approx(measured, rel=WITHIN_LOOSE if asked == LOOSE else WITHIN), memory

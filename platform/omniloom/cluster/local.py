@@ -33,7 +33,7 @@ WORKER_ENVIRONMENT = {
     # thread frees is of use to the forward pass's, and one of those of 32 MiB and more, in which small ones leave no
     # holes. plan.memory counts on it.
     "RAY_LD_PRELOAD_ON_WORKERS": "1",
-    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1,oversize_threshold:33554432",
+    "MALLOC_CONF": f"dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1,oversize_threshold:{32 << 20}",
     # oneDNN builds a program for each shape of a half-precision product, and experts' products have a new one each.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # at Ray's 2 s a short run mostly waits

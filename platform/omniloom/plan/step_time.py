@@ -24,10 +24,6 @@ from omniloom.plan.traffic import Moved, weight_traffic
 KEPT_GATHERED = 500_000_000  # ZeRO 3 keeps what is used again within 10⁹ parameters: stage3_max_reuse_distance
 SCATTERED_ALONE = 3  # of a buffer's bytes that a reduce-scatter of one rank copies, a buffer and a half
 STEP_OPERATIONS = 15  # a tensor
-# ZeRO 3 fetches and lets go each module's weights, forward and backward, in Python: 0.48 ms a module where the smallest
-# operation took 1.1 µs (model of 93 modules too small for anything else to count).
-HOOK_OPERATIONS = 430
-NORMS = 2  # of a layer
 NEWTON_SCHULZ_STEPS = 5  # of Muon
 
 
@@ -62,8 +58,7 @@ def predict_step(workload: Workload, hardware: HardwareConfig, measured: Measure
     seconds["optimizer"] = _optimizer(workload, shards, speeds)
     seconds["pipeline bubble"] = (workload.pipeline - 1) * sum(each.values())
     device = sum(seconds.values())
-    operations = micro.operations + _hook_operations(workload)
-    launches = speeds.operation_s * (workload.accumulation * operations + _step_operations(workload))
+    launches = speeds.operation_s * (workload.accumulation * micro.operations + _step_operations(workload))
     # A GPU is handed its operations ahead of time; a CPU's rank starts them itself.
     seconds["operations"] = launches if speeds.on_cpu else max(0.0, launches - device)
     seconds["data loading"] = max(0.0, _loading(workload, hardware) - sum(seconds.values()))
@@ -188,14 +183,6 @@ def _tensors(workload: Workload, numbers: float) -> list[float]:
         held += [matrix.parameters for matrix in always + router]
         held += [sizes.n_routed_experts * matrix.parameters for matrix in chosen]
     return [numbers * one / sum(held) for one in held]
-
-
-def _hook_operations(workload: Workload) -> float:
-    if workload.zero_stage < 3:
-        return 0.0
-    sizes, layers = workload.sizes, stages(workload)[-1].layers
-    each = [sum(map(len, layer_matrices(sizes, layer)[:2])) + sizes.is_sparse(layer) + NORMS for layer in layers]
-    return HOOK_OPERATIONS * sum(each)
 
 
 def _step_operations(workload: Workload) -> float:
