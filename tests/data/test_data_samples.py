@@ -27,7 +27,8 @@ from omniloom.data.source import Unit, list_units, read_documents, read_manifest
 from omniloom.errors import ConfigError
 from omniloom.modality.audio import decode
 from omniloom.modality.config import ModalityConfig
-from omniloom.modality.media import read_media_file
+from omniloom.modality.files import Media
+from omniloom.modality.media import read_media
 from omniloom.modality.sequence import MODALITIES
 from omniloom.modality.text import TextTokenizer, load_tokenizer
 
@@ -134,9 +135,11 @@ def test_every_sample_document_can_be_used(
         read = [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
         assert read
         assert not [raw.problem for raw in read if raw.problem]
-        assert all(part.content.is_file() for raw in read for part in raw.segments if isinstance(part.content, Path))
+        assert all(
+            part.content.content.is_file() for raw in read for part in raw.segments if isinstance(part.content, Media)
+        )
         for raw in read[:: max(1, len(read) // 5)]:
-            document = weave_document(raw, tokenizers[kind], sizes, partial(read_media_file, config=sizes))
+            document = weave_document(raw, tokenizers[kind], sizes, partial(read_media, config=sizes))
             assert document.loss_mask.any()
             present = {MODALITIES[number] for number in np.unique(document.modality)}
             assert present == {"text"} | {part.kind for part in raw.segments}
@@ -154,7 +157,7 @@ def test_the_demos_rows_hold_every_document_with_media(
         if unit.format == "interleaved":
             read = [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
             largest = max(read, key=lambda raw: len(raw.segments))
-            document = weave_document(largest, tokenizers["demo"], sizes, partial(read_media_file, config=sizes))
+            document = weave_document(largest, tokenizers["demo"], sizes, partial(read_media, config=sizes))
             assert len(document) <= experiment["data"]["seq_len"], largest.name
 
 
@@ -249,8 +252,8 @@ def media_by_split(samples: dict[str, Path]) -> dict[str, dict[str, set[Path]]]:
     for unit in units_of(samples["demo"]):
         for raw in (raw for file in unit.files for raw in read_documents(Path(file), unit.format)):
             for part in raw.segments:
-                if isinstance(part.content, Path):
-                    found[unit.split].setdefault(part.kind, set()).add(part.content.resolve())
+                if isinstance(part.content, Media):
+                    found[unit.split].setdefault(part.kind, set()).add(part.content.content.resolve())
     return found
 
 
@@ -317,13 +320,13 @@ def test_wavs_are_audible_and_different(samples: dict[str, Path]) -> None:
         samples_S = decode(file.read_bytes(), sizes.audio)
         assert 0.05 < len(samples_S) / sizes.audio.sample_rate < 3
         assert np.abs(samples_S).max() > 0.01
-        assert read_media_file("audio", file, sizes).content.shape[1] == sizes.audio.mels
+        assert read_media("audio", Media(file.name, file), sizes)[0].content.shape[1] == sizes.audio.mels
     assert len({file.read_bytes() for file in files}) > 0.99 * len(files)
 
 
 def frames_of(path: Path, sizes: ModalityConfig) -> np.ndarray:
     """float (frames, side, side) of one grey level, from our reader's patches."""
-    segment = read_media_file("video", path, sizes)
+    (segment,) = read_media("video", Media(path.name, path), sizes)
     patch, grid = sizes.video.patch_pixels, sizes.video.size_pixels // sizes.video.patch_pixels
     cut = segment.content.reshape(-1, grid, grid, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
     return cut.reshape(len(cut), grid * patch, grid * patch, 3).mean(-1)

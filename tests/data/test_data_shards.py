@@ -39,7 +39,8 @@ from omniloom.data.shards import (
 from omniloom.data.source import Unit
 from omniloom.errors import DataError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
-from omniloom.modality.media import read_media_file
+from omniloom.modality.files import Media
+from omniloom.modality.media import read_media
 from omniloom.modality.sequence import AUDIO, IMAGE, TEXT, VIDEO, Document, Segment
 from omniloom.modality.text import load_tokenizer
 
@@ -54,7 +55,12 @@ def same(left: Document, right: Document) -> bool:
 
 def woven(unit: Unit, corpus: Path) -> list[Document]:
     tokenizer = load_tokenizer(corpus / "tokenizer.json")
-    return [weave_document(raw, tokenizer, TINY, partial(read_media_file, config=TINY)) for raw in raw_documents(unit)]
+    return [weave_document(raw, tokenizer, TINY, partial(read_media, config=TINY)) for raw in raw_documents(unit)]
+
+
+def medium(kind: str, path: Path) -> Segment:
+    (segment,) = read_media(kind, Media(path.name, path), TINY)
+    return segment
 
 
 @pytest.fixture
@@ -99,11 +105,11 @@ def test_a_medium_shown_again_is_read_once_and_a_changed_one_anew(
 ) -> None:
     read = []
 
-    def noted(kind: str, path: Path, config: ModalityConfig) -> Segment:
-        read.append(path.name)
-        return read_media_file(kind, path, config)
+    def noted(kind: str, media: Media, config: ModalityConfig) -> list[Segment]:
+        read.append(media.name)
+        return read_media(kind, media, config)
 
-    monkeypatch.setattr("omniloom.data.shards.read_media_file", noted)
+    monkeypatch.setattr("omniloom.data.shards.read_media", noted)
     for number in (0, 1):
         save_picture(tmp_path / f"{number}.png", number)
     documents = [[{"text": str(i)}, {"image": f"{i % 2}.png"}] for i in range(6)]
@@ -194,10 +200,8 @@ def test_every_medium_comes_back_from_the_shard_byte_for_byte(corpus: Path, mixe
     assert (record.documents, record.rejects) == (6, [])
     for index in (5, 0, 3, 1, 4, 2):
         assert same(shard.document(index), expected[index]), index
-    whole = {name: read_media_file(kind, tmp_path / name, TINY).content for kind, (_, name) in MEDIA.items()}
-    other = {
-        kind: read_media_file(kind, tmp_path / f"other.{name[2:]}", TINY).content for kind, (_, name) in MEDIA.items()
-    }
+    whole = {name: medium(kind, tmp_path / name).content for kind, (_, name) in MEDIA.items()}
+    other = {kind: medium(kind, tmp_path / f"other.{name[2:]}").content for kind, (_, name) in MEDIA.items()}
     held = shard.document(5)
     assert np.array_equal(held.video, np.concatenate([whole["m.mp4"], other["video"]]))
     assert np.array_equal(held.image, whole["m.png"])

@@ -13,6 +13,7 @@ from handmade import save_lines
 from omniloom.data.config import CorpusConfig, DataConfig, Manifest, PhaseConfig, SourceSpec
 from omniloom.data.source import UNIT_BYTES, RawDocument, RawSegment, list_units, read_documents, read_manifest
 from omniloom.errors import ConfigError, DataError
+from omniloom.modality.files import Media
 
 WHOLE = """\
 sources:
@@ -197,11 +198,11 @@ def test_an_interleaved_line_is_a_document(tmp_path: Path) -> None:
     assert [document.problem for document in read] == [None, None]
     assert [document.name.rpartition(":")[2] for document in read] == ["1", "4"]
     assert read[0].segments == [
-        RawSegment("image", tmp_path / "png" / "1.png", is_target=False),
-        RawSegment("audio", tmp_path / "wav" / "1.wav", is_target=False),
+        RawSegment("image", Media("png/1.png", tmp_path / "png" / "1.png"), is_target=False),
+        RawSegment("audio", Media("wav/1.wav", tmp_path / "wav" / "1.wav"), is_target=False),
         RawSegment("text", "Which?", is_target=False),
         RawSegment("text", " red", is_target=True),
-        RawSegment("video", tmp_path / ".." / "b.mp4", is_target=False),
+        RawSegment("video", Media("../b.mp4", tmp_path / ".." / "b.mp4"), is_target=False),
     ]
 
 

@@ -10,7 +10,8 @@ from tiny_models import TINY, ask, audible, colourful, direct_document, moving, 
 
 from omniloom.errors import DataError
 from omniloom.evaluation.media import split_prompt
-from omniloom.modality.media import read_media_file
+from omniloom.modality.files import Media
+from omniloom.modality.media import read_media
 from omniloom.modality.sequence import weave
 from omniloom.model.load import load_model
 
@@ -49,10 +50,12 @@ def shown(prompt, media, answer=" red", document=0, task="some_task"):
 
 def expected(folder, text, parts, answer=" red"):
     """What the model gives directly: parts are texts and (kind, path)."""
-    segments = [
-        text.segment(part, is_target=False) if isinstance(part, str) else read_media_file(part[0], Path(part[1]), TINY)
-        for part in parts
-    ]
+    segments = []
+    for part in parts:
+        if isinstance(part, str):
+            segments.append(text.segment(part, is_target=False))
+        else:
+            segments += read_media(part[0], Media(part[1], Path(part[1])), TINY)
     woven = weave([*segments, text.segment(answer)], text.bos_id, text.eos_id, text.placeholder_ids, TINY.widths)
     return direct_document(load_model(folder), woven.window(0, len(woven) - 1))[0]
 

@@ -9,8 +9,8 @@ from made_media import encode_video, large_png, tone, wav
 from omniloom.errors import ConfigError, DataError
 from omniloom.modality import media
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig, Widths
-from omniloom.modality.files import read_bounded
-from omniloom.modality.media import read_media_file
+from omniloom.modality.files import Media, read_bounded
+from omniloom.modality.media import read_media
 from omniloom.modality.sequence import MODALITIES
 
 TINY = ModalityConfig(ImageConfig(4, 2), AudioConfig(), VideoConfig(4, 2))
@@ -25,12 +25,12 @@ FILES = {
 def test_each_kind_is_read_by_its_own_reader_whatever_the_files_name(kind: str, tokens: int, tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_bytes(FILES[kind])
-    segment = read_media_file(kind, path, TINY)
+    (segment,) = read_media(kind, Media("file", path), TINY)
     assert segment.modality == MODALITIES.index(kind)
     assert len(segment) == tokens
     for other in {"image", "audio", "video"} - {kind}:
         with pytest.raises(DataError, match="not a readable"):
-            read_media_file(other, path, TINY)
+            read_media(other, Media("file", path), TINY)
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -42,7 +42,7 @@ def test_a_file_over_its_limit_is_refused_before_it_is_read(
     config = ModalityConfig(*(type(sizes)(limit_bytes=size - 1) for sizes in (TINY.image, TINY.audio, TINY.video)))
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     with pytest.raises(DataError, match=rf"{size} bytes is over modality\.{kind}\.limit_bytes={size - 1}"):
-        read_media_file(kind, path, config)
+        read_media(kind, Media("file", path), config)
 
 
 def test_a_file_of_exactly_its_limit_is_read(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_is_no_plain_file_is_refused_without_waiting(kind: str, tmp_path: P
         "nul\0": "cannot read",
     }.items():
         with pytest.raises(DataError, match=reason):
-            read_media_file(kind, tmp_path / name, TINY)
+            read_media(kind, Media("file", tmp_path / name), TINY)
 
 
 def test_the_defaults_pass_their_own_check_and_have_the_contracts_sizes() -> None:

@@ -22,7 +22,8 @@ from omniloom.data.config import Split
 from omniloom.data.source import RawDocument, Unit, read_documents
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig, Widths
-from omniloom.modality.media import read_media_file
+from omniloom.modality.files import Media
+from omniloom.modality.media import read_media
 from omniloom.modality.sequence import MODALITIES, TEXT, Document, Segment, weave
 from omniloom.modality.text import TextTokenizer, load_tokenizer
 
@@ -102,7 +103,7 @@ def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig
     if unit.format != "text":
         raws = (raw for file in unit.files for raw in read_documents(Path(file), unit.format))
         contents = (part.content for raw in raws for part in raw.segments)
-        files += [_file_state(content) for content in contents if isinstance(content, Path)]
+        files += [_file_state(c.content) for c in contents if isinstance(c, Media) and isinstance(c.content, Path)]
     return hashlib.sha256(json.dumps([asdict(unit), files, tokenizer_sha256, asdict(modality)]).encode()).hexdigest()
 
 
@@ -161,8 +162,10 @@ def _woven(
     unit: Unit, tokenizer: TextTokenizer, modality: ModalityConfig, rejects: list[Reject]
 ) -> Iterator[tuple[str, Document]]:
     # Documents may share their media: what was read lately is kept.
-    kept: LRUCache[Any, Segment] = LRUCache(MEDIA_KEPT_BYTES, getsizeof=lambda segment: segment.content.nbytes)
-    read = cached(kept)(partial(read_media_file, config=modality))
+    kept: LRUCache[Any, list[Segment]] = LRUCache(
+        MEDIA_KEPT_BYTES, getsizeof=lambda held: sum(s.content.nbytes for s in held)
+    )
+    read = cached(kept)(partial(read_media, config=modality))
     for file in unit.files:
         for raw in read_documents(Path(file), unit.format):
             try:
@@ -172,15 +175,15 @@ def _woven(
 
 
 def weave_document(
-    raw: RawDocument, tokenizer: TextTokenizer, modality: ModalityConfig, read: Callable[[str, Path], Segment]
+    raw: RawDocument, tokenizer: TextTokenizer, modality: ModalityConfig, read: Callable[[str, Media], list[Segment]]
 ) -> Document:
     """Read a raw document's media by `read` and weave it; raises DataError saying why it cannot be used."""
     if raw.problem is not None:
         raise DataError(raw.problem)
     segments: list[Segment] = []
     for part in raw.segments:
-        if isinstance(part.content, Path):
-            segments.append(read(part.kind, part.content))
+        if isinstance(part.content, Media):
+            segments += read(part.kind, part.content)
         else:
             segments.append(tokenizer.segment(part.content, part.is_target))
     return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.widths)

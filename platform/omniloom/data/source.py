@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import SPLITS, Manifest, SourceSpec, Split
 from omniloom.errors import DataError, did_you_mean
+from omniloom.modality.files import Media
 from omniloom.modality.sequence import MODALITIES
 
 UNIT_BYTES = 1 << 20  # files are gathered into units of about this size; one unit becomes one shard
@@ -34,10 +35,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class RawSegment:
-    """Text, or the path of a media file; `is_target` says whether its text is learned."""
+    """Text, or a medium; `is_target` says whether its text is learned."""
 
     kind: str  # text, image, audio or video
-    content: str | Path
+    content: str | Media
     is_target: bool
 
 
@@ -188,4 +189,4 @@ def _segment(entry: Any, folder: Path) -> RawSegment:
         return RawSegment(kind, content, is_target)
     if is_target:
         raise ValueError(f"{kind} cannot be a target")
-    return RawSegment(kind, folder / content, is_target=False)
+    return RawSegment(kind, Media(content, folder / content), is_target=False)

@@ -64,7 +64,7 @@ class OmniloomLM(TemplateLM):
             for text, placeholder, medium in zip(shown[::2], shown[1::2], media, strict=True):
                 self._refuse_without_encoder(placeholder, request)
                 head += [self._text.segment(text, is_target=False)] if text else []
-                head += [medium] if medium is not None else []
+                head += medium
             ids, target = self._encode_pair(last, continuation) if last else ([], self.tok_encode(continuation))
             if not target:
                 raise DataError(

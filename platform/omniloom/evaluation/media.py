@@ -13,7 +13,8 @@ from PIL import Image
 
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig
-from omniloom.modality.media import READERS, read_media_file
+from omniloom.modality.files import Media
+from omniloom.modality.media import read_media
 from omniloom.modality.sequence import Segment
 
 Control = Literal["kept", "removed", "shuffled"]
@@ -32,14 +33,14 @@ class PromptMedia:
 
     def __init__(self, modality: ModalityConfig, control: Control) -> None:
         self._modality, self._control = modality, control
-        self._decoded: dict[tuple[str, str | int], Segment] = {}
+        self._decoded: dict[tuple[str, str | int], list[Segment]] = {}
         self._held: list[Any] = []  # media in memory: one that is gone leaves its id to the next
 
-    def of(self, requests: list[Instance]) -> list[list[Segment | None]]:
-        """The segments that stand at each request's placeholders; None for one that is left out."""
+    def of(self, requests: list[Instance]) -> list[list[list[Segment]]]:
+        """The segments that stand at each request's placeholders; none for a medium that is left out."""
         shown = [self._shown(request) for request in requests]
         if self._control == "removed":
-            return [[None] * len(mine) for mine in shown]
+            return [[[] for _ in mine] for mine in shown]
         if self._control == "shuffled":
             shown = _shuffle(requests, shown)
         return [[self._decode(kind, medium) for kind, medium in mine] for mine in shown]
@@ -61,15 +62,13 @@ class PromptMedia:
             )
         return shown
 
-    def _decode(self, kind: str, medium: Any) -> Segment:
+    def _decode(self, kind: str, medium: Any) -> list[Segment]:
         is_file = isinstance(medium, str | Path)
         key = (kind, str(medium) if is_file else id(medium))
         if key not in self._decoded:
-            if is_file:
-                self._decoded[key] = read_media_file(kind, Path(medium), self._modality)
-            else:
-                self._decoded[key] = READERS[kind](_as_file(medium), getattr(self._modality, kind))
-                self._held.append(medium)
+            content = Path(medium) if is_file else _as_file(medium)
+            self._decoded[key] = read_media(kind, Media(str(key[1]), content), self._modality)
+            self._held.append(medium)
         return self._decoded[key]
 
 

@@ -1,9 +1,18 @@
-"""A media file's bytes, once its kind and size are known to be harmless."""
+"""A medium's bytes, once its kind and size are known to be harmless."""
 
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from omniloom.errors import DataError
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture, a sound or a video as a document names it: a plain file's path, or its bytes out of a container."""
+
+    name: str  # what errors call it
+    content: Path | bytes
 
 
 def read_bounded(path: Path, limit_bytes: int, key: str) -> bytes:
