@@ -12,7 +12,8 @@ def main(settings: TrainSettings) -> None:
     settings.check()
     # Before the session: torch, loaded while Ray's threads start, now and then dies in its MKL.
     from omniloom.cluster.launch import run_on_ranks
-    from omniloom.data.corpus import describe, open_or_build
+    from omniloom.data.build import describe, open_or_build
+    from omniloom.data.schedule import open_corpora
     from omniloom.planning import plan_of, record_of, told_in_a_line
     from omniloom.track.planned import write_measured, write_plan
     from omniloom.track.progress import follow
@@ -20,11 +21,15 @@ def main(settings: TrainSettings) -> None:
     from omniloom.track.run_directory import ask_to_stop, claim, locate, open_run, record_failure, running
     from omniloom.train.checkpoint import fork, newest_state
     from omniloom.train.loop import train
+    from omniloom.train.stream import plan_rows
 
     run = settings.folder
     with ray_session(settings.cluster):
         corpus = open_or_build(settings)
         settings.check_index(corpus.index)
+        for other in open_corpora(corpus.folder, settings.data)[1:]:
+            other.verify()
+            settings.check_index(other.index)
         with claim(run):
             if settings.fork and not (run / "run.json").is_file():
                 fork(locate(settings.fork, settings.runs_dir, "fork"), run)
@@ -34,6 +39,7 @@ def main(settings: TrainSettings) -> None:
                 return
             print(describe(corpus))
             print(settings.batch_terms(settings.cluster.workers))
+            print(plan_rows(settings).record.describe())
             plan = plan_of(settings)
             print(told_in_a_line(plan))
             begun = newest_state(run)

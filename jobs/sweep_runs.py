@@ -23,7 +23,7 @@ def main(sweep: Sweep) -> None:
 
     from omniloom.cluster.search import Outcome, Search, search
     from omniloom.cluster.session import ray_session
-    from omniloom.data.corpus import open_or_build
+    from omniloom.data.build import open_or_build
     from omniloom.track.progress import count_trials
     from omniloom.track.report.sweep import reported
     from omniloom.track.run_directory import REVISION_OF_A_JOB, claim, git_revision

@@ -8,7 +8,7 @@ from omniloom.settings import TokenizeSettings
 def main(settings: TokenizeSettings) -> None:
     settings.check()
     with ray_session(settings.cluster):
-        from omniloom.data.corpus import build_corpus, describe
+        from omniloom.data.build import build_corpus, describe
 
         print(describe(build_corpus(settings)))
 

@@ -155,11 +155,11 @@ def _read_corpus(corpus: Path) -> _Corpus | None:
     if not index.is_file():
         return None
     try:
-        shards = [shard for shard in json.loads(index.read_text())["shards"] if shard["split"] == "train"]
-        tokens = sum(shard["tokens"] for shard in shards)
-        names = dict.fromkeys(name for shard in shards for name in shard["media_tokens"])
-        media = {name: sum(shard["media_tokens"].get(name, 0) for shard in shards) for name in names}
-        held = sum(shard["bytes"] for shard in shards)
+        sources = [source["train"] for source in json.loads(index.read_text())["sources"]]
+        tokens = sum(source["tokens"] for source in sources)
+        names = dict.fromkeys(name for source in sources for name in source["media_tokens"])
+        media = {name: sum(source["media_tokens"].get(name, 0) for source in sources) for name in names}
+        held = sum(source["bytes"] for source in sources)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{index} is no corpus index ({type(error).__name__}: {error}): tokenize again") from error
     return _Corpus({name: count / tokens for name, count in media.items()}, held) if tokens else None

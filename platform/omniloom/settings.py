@@ -62,6 +62,7 @@ class TrainSettings(TrainingRun, CorpusConfig):
             self.check_corpus()
         # Workers may stand in another folder.
         self.corpus, self.runs_dir = str(Path(self.corpus).absolute()), str(Path(self.runs_dir).absolute())
+        self.data.make_absolute()
 
 
 @dataclass

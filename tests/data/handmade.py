@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import TypeAdapter
 
+from omniloom.data.corpus import Corpus
 from omniloom.data.samples.files import write_mp4, write_wav
-from omniloom.data.shards import Corpus, Index, SourceRecord, count_targets, file_sha256, write_shard
 from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.data.tables import write_index
+from omniloom.data.write import write_shard
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
-from omniloom.modality.text import load_tokenizer, train_tokenizer
+from omniloom.modality.text import train_tokenizer
 
 # A picture is 4 tokens of 12 values, a clip of 1/20 s 5 frames of 4 bands in 3 tokens, a video of 1 s 2 times 4 tokens.
 TINY = ModalityConfig(
@@ -81,14 +82,5 @@ def build(manifest_path: Path, folder: Path, modality: ModalityConfig = TINY) ->
     manifest = read_manifest(manifest_path)
     make_tokenizer(folder)
     records = [write_shard(unit, folder, modality) for unit in list_units(manifest, manifest_path.parent)]
-    vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
-    index = Index(
-        tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
-        vocab_size=vocab_size,
-        modality=modality,
-        sources=[SourceRecord(name, s.weight, s.loss_weight) for name, s in manifest.sources.items()],
-        shards=records,
-        target_counts=count_targets(folder, records, modality.widths, vocab_size),
-    )
-    (folder / "index.json").write_bytes(TypeAdapter(Index).dump_json(index))
+    write_index(folder, manifest, records, modality)
     return Corpus(folder)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -24,19 +25,12 @@ from handmade import (
 )
 from PIL import Image
 
+from omniloom.data.corpus import Corpus, CorpusSplit, Documents
+from omniloom.data.index import LENGTH, ShardRecord, file_sha256
 from omniloom.data.samples import write_samples
-from omniloom.data.shards import (
-    DOCUMENTS_PER_BATCH,
-    Corpus,
-    Shard,
-    ShardRecord,
-    count_targets,
-    file_sha256,
-    unit_fingerprint,
-    weave_document,
-    write_shard,
-)
+from omniloom.data.shards import DOCUMENTS_PER_BATCH, Shard
 from omniloom.data.source import Unit
+from omniloom.data.write import tables_path, unit_fingerprint, weave_document, write_shard
 from omniloom.errors import DataError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.modality.files import Media
@@ -56,6 +50,11 @@ def same(left: Document, right: Document) -> bool:
 def woven(unit: Unit, corpus: Path) -> list[Document]:
     tokenizer = load_tokenizer(corpus / "tokenizer.json")
     return [weave_document(raw, tokenizer, TINY, partial(read_media, config=TINY)) for raw in raw_documents(unit)]
+
+
+def tables_of(corpus: Path, record: ShardRecord) -> dict[str, np.ndarray]:
+    with np.load(tables_path(corpus / "shards" / record.file)) as tables:
+        return dict(tables)
 
 
 def medium(kind: str, path: Path) -> Segment:
@@ -93,9 +92,9 @@ def test_documents_come_back_bit_for_bit_in_any_order(corpus: Path, pictures: Un
     for index in (3, 0, 2, 1, 0):
         assert same(shard.document(index), expected[index]), index
     assert [len(document.image) for document in expected] == [4, 0, 8, 4]
-    lengths = shard.lengths()
-    assert lengths.dtype == np.int64
-    assert lengths.tolist() == [[len(document), document.image.nbytes] for document in expected]
+    lengths = tables_of(corpus, record)["lengths"]
+    assert lengths.dtype == LENGTH
+    assert lengths.tolist() == [(len(document), number == 1) for number, document in enumerate(expected)]
     assert (record.tokens, record.media_tokens) == (sum(map(len, expected)), {"image": 16, "audio": 0, "video": 0})
     assert record.rejects == []
 
@@ -109,7 +108,7 @@ def test_a_medium_shown_again_is_read_once_and_a_changed_one_anew(
         read.append(media.name)
         return read_media(kind, media, config)
 
-    monkeypatch.setattr("omniloom.data.shards.read_media", noted)
+    monkeypatch.setattr("omniloom.data.write.read_media", noted)
     for number in (0, 1):
         save_picture(tmp_path / f"{number}.png", number)
     documents = [[{"text": str(i)}, {"image": f"{i % 2}.png"}] for i in range(6)]
@@ -135,7 +134,7 @@ def test_documents_are_found_across_arrow_batches(corpus: Path, tmp_path: Path) 
     expected = woven(unit, corpus)
     for index in (0, 1, DOCUMENTS_PER_BATCH - 1, DOCUMENTS_PER_BATCH, count - 1):
         assert same(shard.document(index), expected[index]), index
-    assert shard.lengths().tolist() == [[len(document), document.image.nbytes] for document in expected]
+    assert tables_of(corpus, record)["lengths"]["tokens"].tolist() == [len(document) for document in expected]
 
 
 def test_the_record_names_the_file_it_stands_beside(corpus: Path, pictures: Unit) -> None:
@@ -220,9 +219,11 @@ def test_tokens_of_each_medium_are_counted(corpus: Path, mixed: Unit) -> None:
     assert record.media_tokens == {"image": 4 * 4, "audio": 6 * 3, "video": 4 * 8}
     documents = woven(mixed, corpus)
     assert record.tokens == sum(map(len, documents))
-    tokens, media = Shard(corpus / "shards" / record.file, WIDTHS).lengths().T
-    assert tokens.tolist() == [len(document) for document in documents]
-    assert (media > 0).tolist() == [True, True, True, True, False, True]
+    lengths = tables_of(corpus, record)["lengths"]
+    assert lengths["tokens"].tolist() == [len(document) for document in documents]
+    assert lengths["plain"].tolist() == [False, False, False, False, True, False]
+    powers = [len(document).bit_length() - 1 for document in documents]
+    assert record.lengths == [powers.count(power) for power in range(31)]
 
 
 @pytest.mark.parametrize("kind", MEDIA)
@@ -291,7 +292,7 @@ def test_an_unfinished_shard_is_written_again(damage: object, corpus: Path, pict
     assert write_shard(pictures, corpus, TINY) == first
     path = corpus / "shards" / first.file
     assert file_sha256(path) == first.sha256
-    assert len(Shard(path, WIDTHS).lengths()) == 4
+    assert len(Shard(path, WIDTHS)) == 4
 
 
 def reject(corpus: Path, folder: Path, *segments: dict[str, object]) -> ShardRecord:
@@ -427,15 +428,13 @@ def test_targets_are_counted_in_the_training_text_alone(corpus: Path, pictures: 
             expected[token] += is_target
     assert sum(expected) > 20
     assert expected[tokenizer.placeholder_ids[1]] == 0
-    assert count_targets(corpus, [record], WIDTHS, tokenizer.vocab_size) == expected
-    record.split = "heldout"
-    assert sum(count_targets(corpus, [record], WIDTHS, tokenizer.vocab_size)) == 0
+    assert tables_of(corpus, record)["targets"].tolist() == expected
 
 
 def test_a_unit_without_a_usable_document_makes_an_empty_shard(corpus: Path, tmp_path: Path) -> None:
     record = write_shard(interleaved_unit(save_lines(tmp_path / "a.jsonl", "{")), corpus, TINY)
     assert (record.documents, record.tokens, len(record.rejects)) == (0, 0, 1)
-    assert Shard(corpus / "shards" / record.file, WIDTHS).lengths().shape == (0, 2)
+    assert len(Shard(corpus / "shards" / record.file, WIDTHS)) == 0
 
 
 @pytest.fixture
@@ -444,27 +443,71 @@ def smoke(tmp_path: Path) -> Corpus:
     return build(write_samples("smoke", tmp_path / "files"), tmp_path / "smoke")
 
 
+def shard_paths(corpus: Corpus, split: str) -> list[Path]:
+    return [corpus.folder / "shards" / shard["file"] for shard in corpus.shard_table(split).to_pylist()]
+
+
 def test_a_corpus_gives_each_split_its_documents_in_shard_order(smoke: Corpus) -> None:
     for split, words, each in (("train", 8, 60), ("heldout", 2, 12)):
-        documents = smoke.split(split)
-        assert len(documents) == len(documents.tokens) == words + 3 * each
-        assert documents.widths == WIDTHS
-        assert documents.source.tolist() == [0] * words + np.repeat([1, 2, 3], each).tolist()
-        assert documents.has_media.tolist() == (documents.source > 0).tolist()
-        shards = [Shard(smoke.folder / "shards" / r.file, WIDTHS) for r in smoke.index.shards if r.split == split]
-        expected = [shard.document(index) for shard in shards for index in range(len(shard.lengths()))]
+        documents = Documents([smoke], split)
+        assert len(documents) == words + 3 * each
+        assert documents.modality.widths == WIDTHS
+        source = [documents.source(number) for number in range(len(documents))]
+        assert source == [0] * words + np.repeat([1, 2, 3], each).tolist()
+        lengths = documents.lengths(np.arange(len(documents)))
+        assert lengths["plain"].tolist() == [number == 0 for number in source]
+        shards = [Shard(path, WIDTHS) for path in shard_paths(smoke, split)]
+        expected = [shard.document(index) for shard in shards for index in range(len(shard))]
         assert len(expected) == len(documents)
         for index, document in enumerate(expected):
             assert same(documents.document(index), document)
-            assert documents.tokens[index] == len(document)
-    assert not any(record.rejects for record in smoke.index.shards)
+            assert lengths["tokens"][index] == len(document)
+        for number, record in enumerate(smoke.index.sources):
+            mine = [document for document, s in zip(expected, source, strict=True) if s == number]
+            held = record.split(split)
+            assert (held.documents, held.tokens) == (len(mine), sum(map(len, mine)))
+            assert sum(held.lengths) == len(mine)
+    assert not list(smoke.rejects())
+
+
+def test_two_corpora_are_one_range_of_documents(smoke: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("red green")
+    manifest = tmp_path / "corpus.yaml"
+    manifest.write_text("sources: {more: {format: text, train: ['*.txt']}}")
+    (tmp_path / "more").mkdir()
+    shutil.copyfile(smoke.folder / "tokenizer.json", tmp_path / "more" / "tokenizer.json")
+    more = build(manifest, tmp_path / "more")
+    both, first = Documents([smoke, more], "train"), Documents([smoke], "train")
+    assert both.names == [*first.names, "more"]
+    assert len(both) == len(first) + 1
+    for number in range(len(first)):
+        assert same(both.document(number), first.document(number))
+        assert both.source(number) == first.source(number)
+    assert same(both.document(len(first)), CorpusSplit(more, "train").document(0))
+    assert both.source(len(first)) == 4
+    with pytest.raises(DataError, match="both have a source"):
+        Documents([smoke, smoke], "train")
+    (tmp_path / "b.txt").write_text("blue")
+    other = build(manifest, tmp_path / "other")
+    other.index.files["tokenizer.json"] = "another"
+    with pytest.raises(DataError, match=r"tokenizers of .* differ: tokenize the second with tokenizer.path="):
+        Documents([smoke, other], "train")
+
+
+def test_opening_a_corpus_opens_no_shard(smoke: Corpus) -> None:
+    """However many there are: a missing one is missed when a document of it is asked for, or by `verify`."""
+    for path in shard_paths(smoke, "train"):
+        path.unlink()
+    documents = Documents([Corpus(smoke.folder)], "train")
+    with pytest.raises(DataError, match="has 0 bytes"):
+        documents.document(0)
 
 
 def test_a_split_without_a_file_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("red green")
     manifest = tmp_path / "corpus.yaml"
     manifest.write_text("sources: {words: {format: text, train: ['*.txt']}}")
-    assert len(build(manifest, tmp_path / "corpus").split("heldout")) == 0
+    assert len(Documents([build(manifest, tmp_path / "corpus")], "heldout")) == 0
 
 
 def test_a_corpus_that_opens_twice_has_one_hash_and_names_its_rejects(tmp_path: Path) -> None:
@@ -473,8 +516,8 @@ def test_a_corpus_that_opens_twice_has_one_hash_and_names_its_rejects(tmp_path: 
     manifest.write_text(f"sources: {{pictures: {{format: interleaved, train: [{lines.name}]}}}}")
     corpus = build(manifest, tmp_path / "corpus")
     assert Corpus(corpus.folder).sha256 == corpus.sha256
-    (record,) = Corpus(corpus.folder).index.shards
-    assert [reject.name for reject in record.rejects] == [f"{lines}:{number}" for number in (2, 3, 4)]
+    assert [reject.name for reject in Corpus(corpus.folder).rejects()] == [f"{lines}:{number}" for number in (2, 3, 4)]
+    assert corpus.index.sources[0].train.rejects == 3
 
 
 def test_a_missing_corpus_says_so(tmp_path: Path) -> None:
@@ -495,12 +538,21 @@ def test_an_index_that_is_none_is_refused(content: bytes, smoke: Corpus) -> None
         Corpus(smoke.folder)
 
 
-def test_a_shard_of_another_size_than_the_index_says_is_refused(smoke: Corpus) -> None:
-    path = smoke.folder / "shards" / smoke.index.shards[0].file
+def test_a_shard_of_another_size_than_the_table_says_is_refused(smoke: Corpus) -> None:
+    path = shard_paths(smoke, "train")[0]
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"has {size - 1:,} bytes, the index says {size:,}: tokenize again"):
-        Corpus(smoke.folder)
+    for ask in (Corpus(smoke.folder).verify, lambda: Documents([smoke], "train").document(0)):
+        with pytest.raises(DataError, match=f"has {size - 1:,} bytes, the index says {size:,}: tokenize again"):
+            ask()
     path.unlink()
     with pytest.raises(DataError, match=f"has 0 bytes, the index says {size:,}"):
-        Corpus(smoke.folder)
+        Corpus(smoke.folder).verify()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "target_counts.json", "train.lengths", "heldout.shards.arrow"])
+def test_a_table_that_is_not_the_one_that_was_written_is_refused(name: str, smoke: Corpus) -> None:
+    smoke.verify()
+    (smoke.folder / name).write_bytes((smoke.folder / name).read_bytes() + b" ")
+    with pytest.raises(DataError, match=f"{name} is missing or not the one that was written"):
+        Corpus(smoke.folder).verify()

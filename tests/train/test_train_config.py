@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from omniloom.data.config import PhaseConfig
-from omniloom.data.shards import Index, ShardRecord, SourceRecord
+from omniloom.data.index import Index, SourceRecord, SplitRecord
 from omniloom.errors import ConfigError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.train.config import TrainConfig, TrainingRun
@@ -96,8 +96,8 @@ def test_muon_passes_where_it_learns(zero_stage, clipping):
 def index_of(image=0, audio=0, video=0, modality=None) -> Index:
     """A corpus with so many tokens of each medium, over two shards."""
     tokens = [{"image": image, "audio": audio, "video": video}, {"image": 0, "audio": 0, "video": 0}]
-    shards = [ShardRecord("a.arrow", "a", "train", "", "", 0, 1, 100, media, []) for media in tokens]
-    return Index("", 300, modality or ModalityConfig(), [SourceRecord("a", 1.0, 1.0)], shards, [])
+    sources = [SourceRecord(f"s{n}", 1.0, 1.0, SplitRecord(1, 0, 1, 100, media)) for n, media in enumerate(tokens)]
+    return Index(300, modality or ModalityConfig(), sources, {})
 
 
 def test_a_model_that_reads_every_medium_of_the_corpus_passes():

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
-from omniloom.errors import ConfigError
+from omniloom.errors import ConfigError, refuse_unless_one_of
 from omniloom.modality.config import ModalityConfig, TokenizerConfig
 
 Split = Literal["train", "heldout"]
+LONG_DOCUMENTS = ("segment", "window")
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
@@ -57,10 +59,13 @@ class CorpusConfig:
 
 @dataclass
 class PhaseConfig:
-    """From a sample on, sources weigh otherwise; a source that is not named keeps its weight."""
+    """From a sample on, the stream is another: sources weigh otherwise, rows are longer, a corpus is added."""
 
     from_sample: int
-    weights: dict[str, float]
+    weights: dict[str, float] = field(default_factory=dict)  # a source that is not named keeps its weight
+    seq_len: int | None = None
+    append: str | None = None  # a corpus folder: its sources join, in the proportions of its manifest
+    replay: float = 0.25  # with `append`: share of the tokens that stays with the sources before it
 
 
 @dataclass
@@ -68,27 +73,72 @@ class DataConfig:
     """How documents become rows and batches."""
 
     seq_len: int = 1_024
+    long_documents: str = "segment"  # one longer than a row is cut between segments, or as late as may be
     loader_workers: int = 0
     weights: dict[str, float] = field(default_factory=dict)  # replaces the manifest's, by source
     loss_weights: dict[str, float] = field(default_factory=dict)  # replaces the manifest's, by source
-
     phases: list[PhaseConfig] = field(default_factory=list)  # in order
+    plans: str | None = None  # a folder for packing plans; else `plans` beside the corpus's shards
+
+    @property
+    def longest_row(self) -> int:
+        """The most tokens that a row of any phase has."""
+        return max([self.seq_len, *(phase.seq_len or 0 for phase in self.phases)])
+
+    def samples_of(self, tokens: int, multiple: int) -> int:
+        """How many rows hold that many positions, up to a multiple."""
+        sample, seq_len = 0, self.seq_len
+        for phase in self.phases:
+            held = (phase.from_sample - sample) * seq_len
+            if held >= tokens:
+                break
+            tokens, sample, seq_len = tokens - held, phase.from_sample, phase.seq_len or seq_len
+        return -(-(sample + -(-tokens // seq_len)) // multiple) * multiple
 
     def check(self) -> None:
         """Raise ConfigError where a size or a weight cannot hold."""
-        if self.seq_len < 2:
-            raise ConfigError(f"a row needs a token and its successor: data.seq_len={self.seq_len} must be at least 2")
+        for key, seq_len in [
+            ("seq_len", self.seq_len),
+            *((self._name(p) + ".seq_len", p.seq_len) for p in self.phases),
+        ]:
+            if seq_len is not None and seq_len < 2:
+                raise ConfigError(f"a row needs a token and its successor: data.{key}={seq_len} must be at least 2")
         if self.loader_workers < 0:
             raise ConfigError(f"data.loader_workers={self.loader_workers} must not be negative")
+        refuse_unless_one_of("data.long_documents", self.long_documents, LONG_DOCUMENTS)
         starts = [0, *(phase.from_sample for phase in self.phases)]
         for before, after in pairwise(starts):
             if after <= before:
                 raise ConfigError(
                     f"phases begin one after the other: data.phases from_sample={after} must be over {before}"
                 )
+        for phase in self.phases:
+            if not 0 <= phase.replay < 1:
+                raise ConfigError(
+                    f"data.{self._name(phase)}.replay={phase.replay} must be a share, at least 0 and under 1"
+                )
         mappings = [("weights", self.weights), ("loss_weights", self.loss_weights)]
-        mappings += [(f"phases from_sample={phase.from_sample}", phase.weights) for phase in self.phases]
+        mappings += [(self._name(phase), phase.weights) for phase in self.phases]
         for key, mapping in mappings:
             for name, weight in mapping.items():
                 if not 0 <= weight < float("inf"):
                     raise ConfigError(f"data.{key}.{name}={weight} must be a number of at least 0")
+
+    def make_absolute(self) -> None:
+        """Name folders from the root: ranks may stand in another one."""
+        self.plans = str(Path(self.plans).absolute()) if self.plans else None
+        for phase in self.phases:
+            phase.append = str(Path(phase.append).absolute()) if phase.append else None
+
+    def check_steps(self, global_batch_size: int) -> None:
+        """Raise ConfigError where rows of two lengths would meet in one step."""
+        for phase in self.phases:
+            if phase.seq_len is not None and phase.from_sample % global_batch_size:
+                raise ConfigError(
+                    f"rows change their length between steps: data.{self._name(phase)} must be a multiple of "
+                    f"train.global_batch_size={global_batch_size}"
+                )
+
+    @staticmethod
+    def _name(phase: PhaseConfig) -> str:
+        return f"phases from_sample={phase.from_sample}"

@@ -1,192 +1,214 @@
-"""The tokenize job: a manifest's files become a corpus of shards, by Ray Data tasks; the driver reads no media."""
+"""A finished corpus folder, opened without reading it: an index, tables and shards that are mapped when asked for."""
 
-import logging
-import random
+import hashlib
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.data
-from pydantic import TypeAdapter
-from tqdm import tqdm
+import numpy as np
+import pyarrow as pa
+from cachetools import LRUCache
+from pydantic import TypeAdapter, ValidationError
 
-from omniloom.data.config import CorpusConfig, Manifest
-from omniloom.data.samples import write_samples
-from omniloom.data.shards import (
-    Corpus,
-    Index,
-    Reject,
-    ShardRecord,
-    SourceRecord,
-    count_targets,
-    file_sha256,
-    unit_fingerprint,
-    write_shard,
-)
-from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.data.config import SPLITS, Split
+from omniloom.data.index import LENGTH, Index, Reject, SplitRecord, file_sha256
+from omniloom.data.shards import Shard
 from omniloom.errors import DataError
-from omniloom.modality.config import ModalityConfig, TokenizerConfig
-from omniloom.modality.text import load_tokenizer, train_tokenizer
+from omniloom.modality.config import ModalityConfig
+from omniloom.modality.sequence import Document
+from omniloom.modality.text import TextTokenizer, load_tokenizer
 
-TOKENIZER_TRAINING_BYTES = 256 << 20  # a vocabulary learns nothing more from more text
-REJECTS_NAMED = 20
+OPEN_SHARDS = 256
+INDEX, TOKENIZER, REJECTS, TARGETS = "index.json", "tokenizer.json", "rejects.jsonl", "target_counts.json"
+SHARD_TABLE = pa.schema(
+    [
+        ("file", pa.string()),
+        ("sha256", pa.string()),
+        ("fingerprint", pa.string()),
+        ("bytes", pa.int64()),
+        ("first_document", pa.int64()),  # within its split
+        ("documents", pa.int64()),
+    ]
+)
 
 
-def open_or_build(config: CorpusConfig) -> Corpus:
-    """The corpus that a configuration names, made first where it is not there and files to make it of are named."""
-    folder = Path(config.corpus or "")
-    if (config.manifest or config.samples) and not (folder / "index.json").is_file():
-        build_corpus(config)
-    return Corpus(folder)
+def shards_file(split: Split) -> str:
+    """The table of a split's shards, in the order of their documents."""
+    return f"{split}.shards.arrow"
 
 
-def build_corpus(config: CorpusConfig) -> Corpus:
-    """Turn a manifest's files into shards and write the index last; an equal finished corpus is kept.
+def lengths_file(split: Split) -> str:
+    """The table of a split's documents."""
+    return f"{split}.lengths"
 
-    Sample files, where asked for, are written beside the shards first. Restartable: finished shards of the same input
-    are kept. Raises DataError where another corpus stands in the folder, or where more than `max_reject_share` of the
-    documents had to be skipped.
+
+class Corpus:
+    """A finished corpus folder; raises DataError where its index is missing or not one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / INDEX
+        if not path.is_file():
+            unfinished = " (it is half built: repeat the same tokenize command)" if folder.is_dir() else ""
+            raise DataError(f"no corpus at {folder}{unfinished}: set corpus=<folder that `omniloom tokenize` wrote>")
+        try:
+            content = path.read_bytes()
+            self.index = TypeAdapter(Index).validate_json(content)
+        except ValidationError as error:
+            raise DataError(f"{path} is no corpus index: {error.errors()[0]['msg']}; tokenize again") from error
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+    def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
+        return Corpus, (self.folder,)  # another process maps the files anew
+
+    def verify(self) -> None:
+        """Raise DataError unless the tables are what the index says and every shard has its size."""
+        for name, sha256 in self.index.files.items():
+            path = self.folder / name
+            if not path.is_file() or file_sha256(path) != sha256:
+                raise DataError(f"{path} is missing or not the one that was written: tokenize again")
+        for split in SPLITS:
+            for shard in self.shard_table(split).to_pylist():
+                _check_size(self.folder / "shards" / shard["file"], shard["bytes"])
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The corpus's own vocabulary."""
+        return load_tokenizer(self.folder / TOKENIZER)
+
+    def shard_table(self, split: Split) -> pa.Table:
+        """The split's shards, SHARD_TABLE, read by memory map."""
+        return pa.ipc.open_file(pa.memory_map(str(self.folder / shards_file(split)))).read_all()
+
+    def lengths(self, split: Split) -> np.ndarray:
+        """The split's documents, LENGTH, read by memory map."""
+        path = self.folder / lengths_file(split)
+        count = path.stat().st_size // LENGTH.itemsize
+        return np.memmap(path, LENGTH, "r", shape=(count,)) if count else np.zeros(0, LENGTH)
+
+    def rejects(self) -> Iterator[Reject]:
+        """What was skipped while the corpus was made, by name and reason."""
+        adapter = TypeAdapter(Reject)
+        with (self.folder / REJECTS).open("rb") as lines:
+            for line in lines:
+                yield adapter.validate_json(line)
+
+    def write_reading_rules(self, folder: Path) -> None:
+        """Put beside a model what turns files into its tokens: tokenizer.json and modality.json.
+
+        And target_counts.json: a unigram model, what its text scores are held against.
+        """
+        for name in (TOKENIZER, TARGETS):
+            shutil.copyfile(self.folder / name, folder / name)
+        (folder / "modality.json").write_bytes(TypeAdapter(ModalityConfig).dump_json(self.index.modality, indent=1))
+
+
+class CorpusSplit:
+    """The documents of one split of a corpus, numbered in shard order; a shard is opened when first asked for."""
+
+    def __init__(self, corpus: Corpus, split: Split) -> None:
+        self._folder, self._widths = corpus.folder / "shards", corpus.index.modality.widths
+        self.lengths = corpus.lengths(split)
+        self._table = corpus.shard_table(split)
+        self._first = self._table.column("first_document").to_numpy()
+        self._open: LRUCache[int, Shard] = LRUCache(OPEN_SHARDS)
+
+    def document(self, index: int) -> Document:
+        """The document numbered `index`."""
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        if (shard := self._open.get(number)) is None:
+            path = self._folder / self._table.column("file")[number].as_py()
+            _check_size(path, self._table.column("bytes")[number].as_py())
+            shard = self._open[number] = Shard(path, self._widths)
+        return shard.document(index - int(self._first[number]))
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise DataError(f"shard {path} has {size:,} bytes, the index says {expected:,}: tokenize again")
+
+
+class Documents:
+    """The documents of one split of several corpora as one range of numbers, the sources one after the other.
+
+    Raises DataError where two corpora share a source's name, or their tokenizers or sizes of media differ.
     """
-    config.check_corpus()
-    corpus = Path(config.corpus or "").absolute()
-    manifest_path = write_samples(config.samples, corpus / "files") if config.samples else Path(config.manifest or "")
-    manifest = read_manifest(manifest_path)
-    units = list_units(manifest, manifest_path.absolute().parent)
-    if config.force:
-        for part in ("index.json", "tokenizer.json", "shards"):
-            path = corpus / part
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if (corpus / "index.json").is_file():
-        return _same_or_refuse(corpus, manifest, units, config.modality)
-    (corpus / "shards").mkdir(parents=True, exist_ok=True)
 
-    train_units = [unit for unit in units if unit.split == "train"]
-    ray.get(ray.remote(_make_tokenizer).options(num_cpus=1).remote(train_units, config.tokenizer, corpus))
-    records = list(_write_shards(units, corpus, config.modality))
-    _refuse_too_many_rejects(records, config.max_reject_share)
-    vocab_size = load_tokenizer(corpus / "tokenizer.json").vocab_size
-    counts = ray.get(
-        ray.remote(count_targets).options(num_cpus=1).remote(corpus, records, config.modality.widths, vocab_size)
-    )
-    index = Index(
-        tokenizer_sha256=file_sha256(corpus / "tokenizer.json"),
-        vocab_size=vocab_size,
-        modality=config.modality,
-        sources=_source_records(manifest),
-        shards=records,
-        target_counts=counts,
-    )
-    (corpus / "index.json").write_bytes(TypeAdapter(Index).dump_json(index, indent=1))
-    return Corpus(corpus)
+    def __init__(self, corpora: list[Corpus], split: Split) -> None:
+        self.corpora, self.split = corpora, split
+        first, *others = corpora
+        for other in others:
+            _refuse_unlike(first, other)
+        self._splits = [CorpusSplit(corpus, split) for corpus in corpora]
+        self.names: list[str] = []
+        self.lengths_S: list[np.ndarray] = []
+        self._corpus_S: list[int] = []
+        self._place_S: list[int] = []  # of the source's first document within its corpus
+        records: list[SplitRecord] = []
+        for number, corpus in enumerate(corpora):
+            place = 0
+            for source in corpus.index.sources:
+                held = source.split(split)
+                records.append(held)
+                self.names.append(source.name)
+                self.lengths_S.append(self._splits[number].lengths[place : place + held.documents])
+                self._corpus_S.append(number)
+                self._place_S.append(place)
+                place += held.documents
+        self.first_S = np.cumsum([0, *(record.documents for record in records)])
+        self.tokens_S = np.array([record.tokens for record in records])
+
+    def __reduce__(self) -> tuple[type["Documents"], tuple[Any, ...]]:
+        return Documents, (self.corpora, self.split)
+
+    def __len__(self) -> int:
+        return int(self.first_S[-1])
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Those documents as packing sees them, LENGTH."""
+        lengths = np.zeros(len(documents), LENGTH)
+        source = np.searchsorted(self.first_S, documents, side="right") - 1
+        for s in np.unique(source):
+            mine = source == s
+            lengths[mine] = self.lengths_S[s][documents[mine] - self.first_S[s]]
+        return lengths
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The vocabulary of all of them."""
+        return self.corpora[0].tokenizer
+
+    @property
+    def modality(self) -> ModalityConfig:
+        """The sizes of media of all of them."""
+        return self.corpora[0].index.modality
+
+    def source(self, document: int) -> int:
+        """The number of its source."""
+        return int(np.searchsorted(self.first_S, document, side="right")) - 1
+
+    def document(self, document: int) -> Document:
+        """The document of that number, its arrays lying in the mapped shard."""
+        source = self.source(document)
+        place = self._place_S[source] + document - int(self.first_S[source])
+        return self._splits[self._corpus_S[source]].document(place)
 
 
-def _source_records(manifest: Manifest) -> list[SourceRecord]:
-    return [SourceRecord(name, spec.weight, spec.loss_weight) for name, spec in manifest.sources.items()]
-
-
-def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], modality: ModalityConfig) -> Corpus:
-    corpus = Corpus(folder)
-    fingerprint = ray.remote(unit_fingerprint).options(num_cpus=1)
-    asked = [fingerprint.remote(unit, corpus.index.tokenizer_sha256, modality) for unit in units]
-    wanted = dict(zip((unit.name for unit in units), ray.get(asked), strict=True))
-    built = {Path(record.file).stem: record.fingerprint for record in corpus.index.shards}
-    if wanted != built or corpus.index.sources != _source_records(manifest):
-        changed = sorted(name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name))
+def _refuse_unlike(one: Corpus, other: Corpus) -> None:
+    shared = {source.name for source in one.index.sources} & {source.name for source in other.index.sources}
+    if shared:
         raise DataError(
-            f"{folder} holds a corpus of other input (its hash {corpus.sha256[:12]}; "
-            f"{len(changed)} units differ{', first ' + changed[0] if changed else ''}): "
-            "name another corpus=<folder>, or rebuild this one with force=true"
+            f"{one.folder} and {other.folder} both have a source {sorted(shared)[0]}: losses and weights go by its "
+            "name; rename it in one manifest and tokenize again"
         )
-    return corpus
-
-
-def _make_tokenizer(units: list[Unit], config: TokenizerConfig, corpus: Path) -> None:
-    """Runs in a worker: load the named tokenizer, or train one on the training text; a finished one is kept."""
-    path = corpus / "tokenizer.json"
-    if config.path is not None:
-        load_tokenizer(Path(config.path)).save(path)
-    elif not _is_tokenizer(path):
-        train_tokenizer(_texts(units), config.vocab_size).save(path)
-
-
-def _is_tokenizer(path: Path) -> bool:
-    try:
-        load_tokenizer(path)
-    except DataError:
-        return False
-    return True
-
-
-def _texts(units: list[Unit]) -> Iterator[str]:
-    """Training texts of all sources, units in a fixed shuffled order so that a cut sees every source."""
-    shuffled = random.Random(0).sample(units, len(units))
-    left = TOKENIZER_TRAINING_BYTES
-    for unit in shuffled:
-        for file in unit.files:
-            for document in read_documents(Path(file), unit.format):
-                for segment in document.segments:
-                    if isinstance(segment.content, str):
-                        yield segment.content
-                        left -= len(segment.content)
-                if left <= 0:
-                    return
-
-
-def _write_shards(units: list[Unit], corpus: Path, modality: ModalityConfig) -> Iterator[ShardRecord]:
-    """One Ray Data task per unit; the records come back in the units' order whatever finished first."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the bar below says it all
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-
-    def shard(row: dict[str, Any]) -> dict[str, Any]:
-        unit = TypeAdapter(Unit).validate_json(row["unit"])
-        return {"record": TypeAdapter(ShardRecord).dump_json(write_shard(unit, corpus, modality))}
-
-    # As JSON: Arrow would give the rows' nested lists back as arrays.
-    rows = [{"unit": TypeAdapter(Unit).dump_json(unit)} for unit in units]
-    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(shard)
-    for row in tqdm(done.iter_rows(), total=len(units), desc="tokenize", unit="shard"):
-        yield TypeAdapter(ShardRecord).validate_json(row["record"])
-
-
-def _refuse_too_many_rejects(records: list[ShardRecord], limit: float) -> None:
-    rejects = [reject for record in records for reject in record.rejects]
-    documents = sum(record.documents for record in records) + len(rejects)
-    if not documents:
-        raise DataError("the manifest's files hold no document")
-    if rejects and len(rejects) > limit * documents:
+    ours, theirs = one.index.files[TOKENIZER], other.index.files[TOKENIZER]
+    if ours != theirs:
         raise DataError(
-            f"{len(rejects)} of {documents} documents cannot be used, {len(rejects) / documents:.2%}, over "
-            f"max_reject_share={limit:.2%}:\n{_named(rejects)}\nmend the files, or raise max_reject_share"
+            f"the tokenizers of {one.folder} ({ours[:12]}) and {other.folder} ({theirs[:12]}) differ: tokenize the "
+            f"second with tokenizer.path={one.folder / TOKENIZER}"
         )
-
-
-def _named(rejects: list[Reject]) -> str:
-    named = [f"  {reject.name}: {reject.reason}" for reject in rejects[:REJECTS_NAMED]]
-    if len(rejects) > REJECTS_NAMED:
-        named.append(f"  … and {len(rejects) - REJECTS_NAMED} more, all in the shards' json files")
-    return "\n".join(named)
-
-
-def describe(corpus: Corpus) -> str:
-    """One line a split and source: documents, tokens, media; then what was skipped, by name and reason."""
-    lines = []
-    for split in ("train", "heldout"):
-        records = [record for record in corpus.index.shards if record.split == split]
-        for source in corpus.index.sources:
-            mine = [record for record in records if record.source == source.name]
-            if mine:
-                tokens, media = sum(r.tokens for r in mine), sum(sum(r.media_tokens.values()) for r in mine)
-                documents, skipped = sum(r.documents for r in mine), sum(len(r.rejects) for r in mine)
-                lines.append(
-                    f"  {split:8} {source.name:12} {documents:>8,} documents {tokens:>12,} tokens "
-                    f"({media:,} of media), {skipped} skipped"
-                )
-    rejects = [reject for record in corpus.index.shards for reject in record.rejects]
-    if rejects:
-        lines.append(f"skipped:\n{_named(rejects)}")
-    return "\n".join([f"corpus {corpus.folder} ({corpus.index.vocab_size:,} ids)", *lines])
+    if one.index.modality != other.index.modality:
+        raise DataError(f"{one.folder} and {other.folder} cut media differently: give both the same modality.…")

@@ -4,15 +4,17 @@ G global batch size, W ranks, m micro batch size: rank r of step s takes the sam
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from omniloom.data.corpus import Documents
 from omniloom.data.pack import Piece
-from omniloom.data.shards import CorpusSplit
+from omniloom.data.plan import Plan, Schedule
 from omniloom.modality.batch import MODEL_INPUTS, stack_rows
 from omniloom.modality.sequence import Row, lay_row
 
@@ -20,23 +22,22 @@ DIGEST_BYTES = 16
 
 
 class Rows(Dataset[Row]):
-    """The rows of a packing plan by global sample index."""
+    """The rows of a stream by global sample index: `plan` says what lies in each, `seq_len` how long each is."""
 
-    def __init__(self, split: CorpusSplit, plan: list[list[Piece]], seq_len: int) -> None:
-        self._split, self._plan, self._seq_len = split, plan, seq_len
+    def __init__(self, documents: Documents, plan: Plan | Sequence[list[Piece]], schedule: Schedule) -> None:
+        self._documents, self._plan, self._schedule = documents, plan, schedule
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __getitem__(self, index: int) -> Row:
+        documents = self._documents
         pieces = [
-            (
-                self._split.document(piece.document).window(piece.start, piece.stop),
-                int(self._split.source[piece.document]),
-            )
+            (documents.document(piece.document).window(piece.start, piece.stop), documents.source(piece.document))
             for piece in self._plan[index]
         ]
-        return lay_row(pieces, self._seq_len, self._split.tokenizer.eos_id, self._split.widths)
+        seq_len = self._schedule.seq_len(index)
+        return lay_row(pieces, seq_len, documents.tokenizer.eos_id, documents.modality.widths)
 
 
 def row_digest(row: Row) -> bytes:
@@ -70,33 +71,43 @@ class Batch:
         return {name: self.fields[name] for name in MODEL_INPUTS}
 
 
-def rank_samples(step: int, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int) -> list[list[int]]:
-    """The global sample indices of one rank's micro batches at one step."""
-    share = global_batch_size // ranks
-    first = step * global_batch_size + rank * share
-    return [list(range(i, i + micro_batch_size)) for i in range(first, first + share, micro_batch_size)]
+@dataclass(frozen=True)
+class Share(Sampler[list[int]]):
+    """One rank's part of the stream: the global sample indices of its micro batches, step by step."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    ranks: int
+    first_step: int
+    steps: int  # the step to end before
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one step."""
+        return self.global_batch_size // self.ranks // self.micro_batch_size
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            first = step * self.global_batch_size + self.rank * (self.global_batch_size // self.ranks)
+            for number in range(self.micro_batches):
+                begin = first + number * self.micro_batch_size
+                yield list(range(begin, begin + self.micro_batch_size))
 
 
-def rank_batches(
-    rows: Rows,
-    first_step: int,
-    steps: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    ranks: int,
-    workers: int,
-) -> Iterator[list[Batch]]:
-    """One list of micro batches a step, for `rank` of `ranks`, from `first_step` up to `steps`."""
-    per_step = [
-        rank_samples(step, global_batch_size, micro_batch_size, rank, ranks) for step in range(first_step, steps)
-    ]
+def rank_batches(rows: Rows, share: Share, workers: int) -> Iterator[list[Batch]]:
+    """One list of micro batches a step; `workers` processes read ahead, or none."""
     loader = DataLoader(
         rows,
-        batch_sampler=[samples for micro_batches in per_step for samples in micro_batches],
+        batch_sampler=share,
         collate_fn=Batch,
         num_workers=workers,
+        # Not fork: a rank has threads, of Ray and of gloo, that may hold a lock just then.
+        multiprocessing_context="forkserver" if workers else None,
     )
     batches = iter(loader)
-    for micro_batches in per_step:
-        yield [next(batches) for _ in micro_batches]
+    for _ in range(share.first_step, share.steps):
+        yield [next(batches) for _ in range(share.micro_batches)]

@@ -1,10 +1,12 @@
 """Which document comes next: sources by weight, each shuffled anew every epoch. A function of its arguments alone."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
+from omniloom.data.corpus import Documents
+from omniloom.data.shuffle import shuffled
 from omniloom.errors import ConfigError, did_you_mean
+
+CHUNK_TOKENS = 1 << 20  # drawn at a time; how many does not change what comes
 
 
 def source_weights(names: list[str], manifest: list[float], replaced: dict[str, float], key: str) -> np.ndarray:
@@ -16,38 +18,62 @@ def source_weights(names: list[str], manifest: list[float], replaced: dict[str, 
 
 
 class DocumentOrder:
-    """Document numbers without end: the next comes from the source furthest behind its share of the tokens.
+    """Document numbers without end: each source in its own order, the sources merged by virtual time.
 
-    tokens and source int (documents,); `weights` (sources,), shares of tokens up to their sum, counted anew whenever
-    they are set. Epoch e of source s is the permutation drawn from (seed, s, e), and goes on over changes of weight.
+    Source s has a share p_s of the tokens, counted from where the weights were last set: a document begins at the
+    time (tokens of s before it) / p_s, and the next to come is the one that begins first; at the same time the larger
+    share goes first. So no source is ever further behind its share than one document. Epoch e of source s is the
+    permutation that (seed, s, e) names, and goes on over changes of weight. Source: start-time fair queueing (Goyal,
+    Vin and Cheng 1996). State: `drawn_S`, documents so far.
     """
 
-    def __init__(self, tokens: np.ndarray, source: np.ndarray, weights: np.ndarray, seed: int) -> None:
-        self._tokens = tokens
-        self._members = [np.flatnonzero(source == s) for s in range(len(weights))]
-        self._streams = [_epochs(members, seed, s) for s, members in enumerate(self._members)]
-        self.weigh(weights)
+    def __init__(self, documents: Documents, seed: int) -> None:
+        self._documents, self._seed = documents, seed
+        self.drawn_S = np.zeros(len(documents.names), np.int64)
 
-    def weigh(self, weights: np.ndarray) -> None:
-        """Set the weights; raises ConfigError where no source with weight has a document."""
-        share = np.array([w if len(m) else 0.0 for w, m in zip(weights, self._members, strict=True)])
-        if share.sum() <= 0:
+    def weigh(self, weights_S: np.ndarray) -> None:
+        """Set the weights, shares of tokens up to their sum; raises ConfigError where none has a document."""
+        counts_S = np.diff(self._documents.first_S)
+        share_S = np.where(counts_S > 0, weights_S, 0.0)
+        if share_S.sum() <= 0:
             raise ConfigError("no source with a weight above 0 holds a training document: set data.weights.<source>")
-        self._share = share / share.sum()
-        self._given = np.zeros(len(weights))
+        self._share_S = share_S / share_S.sum()
+        self._given_S = np.zeros(len(share_S))
+        self._now = 0.0
 
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            behind = np.where(self._share > 0, self._share * self._given.sum() - self._given, -np.inf)
-            # Ties, the very first choice among them, go to the largest share.
-            chosen = int(np.lexsort((-self._share, -behind))[0])
-            document = next(self._streams[chosen])
-            self._given[chosen] += self._tokens[document]
-            yield document
+    def take(self) -> np.ndarray:
+        """The next documents, of about CHUNK_TOKENS tokens, int64; none where none begins so soon."""
+        self._now += CHUNK_TOKENS
+        drawn = [self._begin_before_now(int(s)) for s in np.flatnonzero(self._share_S)]
+        numbers, begins, shares = (np.concatenate(column) for column in zip(*drawn, strict=True))
+        return numbers[np.lexsort((-shares, begins))]
 
+    def put_back(self, numbers: np.ndarray) -> None:
+        """Undo the drawing of the last documents that were taken; the weights must be set next."""
+        source = np.searchsorted(self._documents.first_S, numbers, side="right") - 1
+        self.drawn_S -= np.bincount(source, minlength=len(self.drawn_S))
 
-def _epochs(members: np.ndarray, seed: int, source: int) -> Iterator[int]:
-    epoch = 0
-    while True:
-        yield from np.random.default_rng([seed, source, epoch]).permutation(members).tolist()
-        epoch += 1
+    def _begin_before_now(self, source: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A source's next documents, when each begins, and the source's share beside each."""
+        documents, share = self._documents, self._share_S[source]
+        lengths = documents.lengths_S[source]
+        mean = documents.tokens_S[source] / len(lengths)
+        numbers, begins = [np.zeros(0, np.int64)], [np.zeros(0)]
+        while self._given_S[source] / share < self._now:
+            asked = int((self._now * share - self._given_S[source]) / mean) + 1
+            places = self._places(source, len(lengths), min(asked, CHUNK_TOKENS))
+            given = self._given_S[source] + np.cumsum([0, *lengths["tokens"][places]])
+            begin = given[:-1] / share
+            taken = int(np.searchsorted(begin, self._now))
+            numbers.append(documents.first_S[source] + places[:taken])
+            begins.append(begin[:taken])
+            self._given_S[source] = given[taken]
+            self.drawn_S[source] += taken
+        found = np.concatenate(numbers)
+        return found, np.concatenate(begins), np.full(len(found), share)
+
+    def _places(self, source: int, count: int, asked: int) -> np.ndarray:
+        """Where the source's next documents lie within it, over the ends of epochs."""
+        drawn = self.drawn_S[source] + np.arange(asked)
+        epoch, place = np.divmod(drawn, count)
+        return shuffled(place, count, self._seed, source, epoch)

@@ -1,18 +1,14 @@
 """Whole documents into rows of `seq_len` tokens: which pieces lie in which row."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from omniloom.data.mixture import DocumentOrder
-from omniloom.data.shards import CorpusSplit
-from omniloom.errors import DataError
+from omniloom.modality.sequence import AUDIO, TEXT, Document
 
-OPEN_ROWS = 32  # rows that wait for a document that fits; more packs tighter
-SHUFFLED_ROWS = 256  # rows are shuffled in blocks of this size: a long document fills many in a row
+OPEN_ROWS = 64  # rows that wait for a document that fits: more hardly pack tighter, and delay what a phase declares
 
 
 class Piece(NamedTuple):
@@ -28,107 +24,102 @@ class Piece(NamedTuple):
         return self.stop - self.start
 
 
-@dataclass
-class _OpenRow:
-    room: int
-    pieces: list[Piece] = field(default_factory=list)
+def windows(whole: Piece, seq_len: int) -> list[Piece]:
+    """A long text as pieces that overlap by one token, so that each of its tokens is a target once."""
+    starts = range(whole.start, whole.stop - 1, seq_len - 1)
+    return [Piece(whole.document, start, min(start + seq_len, whole.stop)) for start in starts]
 
 
-def cut(document: int, tokens: int, has_media: bool, seq_len: int) -> list[Piece]:
-    """A document as pieces that fit a row.
+def cut(whole: Piece, document: Document, seq_len: int, policy: str) -> list[Piece]:
+    """A long document as pieces, none of which begins or ends inside a picture, a frame or a clip.
 
-    One longer than a row is cut into windows that overlap by one token, so that each of its tokens is a target once.
-    Media are never cut: a long document with media gives no piece.
+    `window` cuts as late as it may, `segment` where the last segment that fits ends, or as `window` where none does.
+    A piece begins with the last token of the one before where that is text and the next item fits beside it, as the
+    windows of a text do. A document with an item longer than a row gives no piece.
     """
-    if tokens <= seq_len:
-        return [Piece(document, 0, tokens)]
-    if has_media:
-        return []
-    step = seq_len - 1
-    return [Piece(document, start, min(start + seq_len, tokens)) for start in range(0, tokens - 1, step)]
+    places = np.append(np.flatnonzero(_may_begin(document)), len(document))
+    segments = document.segment_starts
+    pieces: list[Piece] = []
+    begin = cut_at = whole.start
+    while cut_at < whole.stop:
+        stop = _last_between(places, cut_at, min(begin + seq_len, whole.stop))
+        if stop is None and begin < cut_at:
+            begin = cut_at
+            continue
+        if stop is None:
+            return []
+        if policy == "segment" and stop < whole.stop:
+            stop = _last_between(segments, cut_at, stop) or stop
+        pieces.append(Piece(whole.document, begin, stop))
+        cut_at = stop
+        begin = stop - 1 if document.modality[stop - 1] == TEXT else stop
+    return pieces
+
+
+def _may_begin(document: Document) -> np.ndarray:
+    """Whether a piece may begin at each token: any of text, the first of a picture, of a frame, of a clip."""
+    time, row, column = document.position.T
+    first = np.where(document.modality == AUDIO, time == 0, (row == 0) & (column == 0))
+    return (document.modality == TEXT) | first
+
+
+def _last_between(places: np.ndarray, after: int, upto: int) -> int | None:
+    number = int(np.searchsorted(places, upto, side="right")) - 1
+    return int(places[number]) if number >= 0 and places[number] > after else None
+
+
+class Packer:
+    """Best fit, online: a piece goes to the open row it leaves least room in, the oldest of equals.
+
+    Where none has room and too many are open, the oldest comes out: no piece waits for ever. Prefix-stable: more pieces
+    never change the rows already given, so a run that is made longer sees the same beginning.
+    """
+
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
+        self._rooms: list[tuple[int, int]] = []  # (room, number) of the open rows, sorted
+        self._open: dict[int, tuple[int, list[Piece]]] = {}  # by number, the oldest first: room and pieces
+        self._opened = 0
+
+    def add(self, piece: Piece) -> list[Piece] | None:
+        """Place a piece; gives the row that comes out, if one does."""
+        if piece.tokens == self.seq_len:
+            return [piece]
+        at = bisect_left(self._rooms, (piece.tokens, -1))
+        if at < len(self._rooms):
+            room, number = self._rooms.pop(at)
+            pieces = self._open[number][1]
+            pieces.append(piece)
+            if room == piece.tokens:
+                return self._open.pop(number)[1]
+            self._keep(number, room - piece.tokens, pieces)
+            return None
+        leaving = self._oldest() if len(self._open) == OPEN_ROWS else None
+        self._keep(self._opened, self.seq_len - piece.tokens, [piece])
+        self._opened += 1
+        return leaving
+
+    def _keep(self, number: int, room: int, pieces: list[Piece]) -> None:
+        insort(self._rooms, (room, number))
+        self._open[number] = room, pieces
+
+    def _oldest(self) -> list[Piece]:
+        number, (room, pieces) = next(iter(self._open.items()))
+        del self._open[number]
+        self._rooms.pop(bisect_left(self._rooms, (room, number)))
+        return pieces
+
+    def flush(self) -> list[list[Piece]]:
+        """The rows still open, the oldest first."""
+        rows = [pieces for _, pieces in self._open.values()]
+        self._rooms, self._open = [], {}
+        return rows
 
 
 def pack(pieces: Iterable[Piece], seq_len: int) -> Iterator[list[Piece]]:
-    """Best fit, online: a piece goes to the open row it leaves least room in; rows come out as they fill.
-
-    Prefix-stable: more pieces never change the rows already given, so a run that is made longer sees the same
-    beginning. The rows still open at the end of `pieces` come last.
-    """
-    open_rows: list[_OpenRow] = []
+    """Pieces as rows; those still open when the pieces have ended come last."""
+    packer = Packer(seq_len)
     for piece in pieces:
-        fitting = [row for row in open_rows if row.room >= piece.tokens]
-        row = min(fitting, key=lambda r: r.room, default=None)
-        if row is None:
-            if len(open_rows) == OPEN_ROWS:
-                fullest = min(open_rows, key=lambda r: r.room)
-                open_rows.remove(fullest)
-                yield fullest.pieces
-            row = _OpenRow(seq_len)
-            open_rows.append(row)
-        row.pieces.append(piece)
-        row.room -= piece.tokens
-        if row.room == 0:
-            open_rows.remove(row)
-            yield row.pieces
-    for row in open_rows:
-        yield row.pieces
-
-
-def training_rows(
-    split: CorpusSplit, phases: list[tuple[int, np.ndarray]], seed: int, seq_len: int, rows: int
-) -> list[list[Piece]]:
-    """The first `rows` rows of the endless training stream: a function of (corpus, phases, seed, seq_len).
-
-    A phase (first row, weights) begins at exactly that row with what is packed from then on; pieces that lay in open
-    rows come with it. Prefix-stable: blocks of SHUFFLED_ROWS, counted from the phase's first row, are permuted by
-    (seed, their first row), whatever comes after them.
-    """
-    usable = _usable(split, seq_len)
-    order = DocumentOrder(split.tokens[usable], split.source[usable], phases[0][1], seed)
-    pieces = (
-        piece
-        for number in order
-        for piece in cut(usable[number], split.tokens[usable[number]], bool(split.has_media[usable[number]]), seq_len)
-    )
-    packed = pack(pieces, seq_len)
-    given: list[list[Piece]] = []
-    # The last phase never ends: its last block is whole, and cut afterwards.
-    ends = [first for first, _ in phases[1:]] + [rows + SHUFFLED_ROWS]
-    for (first, weights), end in zip(phases, ends, strict=True):
-        order.weigh(weights)
-        for start in range(first, min(end, rows), SHUFFLED_ROWS):
-            block = list(islice(packed, min(SHUFFLED_ROWS, end - start)))
-            given += [block[i] for i in np.random.default_rng([seed, start]).permutation(len(block))]
-    return given[:rows]
-
-
-def heldout_rows(split: CorpusSplit, seq_len: int, rows: int) -> list[list[Piece]]:
-    """About `rows` rows of held-out documents, each at most once, an equal share of the tokens to every source."""
-    usable = _usable(split, seq_len)
-    sources = np.unique(split.source[usable])
-    budget = rows * seq_len / len(sources)
-    chosen: list[Piece] = []
-    for source in sources:
-        left = budget
-        for document in usable[split.source[usable] == source]:
-            for piece in cut(int(document), split.tokens[document], split.has_media[document], seq_len):
-                if left > 0:
-                    chosen.append(piece)
-                    left -= piece.tokens
-    return list(pack(chosen, seq_len))
-
-
-def _usable(split: CorpusSplit, seq_len: int) -> np.ndarray:
-    fits = (split.tokens <= seq_len) | ~split.has_media
-    if not fits.any():
-        raise DataError(
-            f"no document fits a row of data.seq_len={seq_len}: the shortest with media has {split.tokens.min()} tokens"
-            if len(split)
-            else "the corpus has no document in this split"
-        )
-    return np.flatnonzero(fits)
-
-
-def count_unusable(split: CorpusSplit, seq_len: int) -> int:
-    """Documents with media that are longer than a row and so never trained on."""
-    return int(((split.tokens > seq_len) & split.has_media).sum())
+        if (row := packer.add(piece)) is not None:
+            yield row
+    yield from packer.flush()

@@ -4,6 +4,7 @@ T tokens of a row, N tokens of one segment, P values of one patch, F frames, M m
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,6 +40,7 @@ class Document:
     modality: np.ndarray  # uint8 (N,)
     position: np.ndarray  # int32 (N, 3)
     loss_mask: np.ndarray  # uint8 (N,)
+    segment_starts: np.ndarray  # int32 (segments,), the first token of each, in order
     image: np.ndarray  # uint8 (N_image, P)
     audio: np.ndarray  # float16 (frames of all clips, M)
     audio_frames: np.ndarray  # int32 (clips,)
@@ -46,6 +48,11 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """What its arrays take."""
+        return sum(array.nbytes for array in vars(self).values())
 
     def window(self, start: int, stop: int) -> "Document":
         """The tokens from `start` to `stop`, with the media that belong to them; a clip must lie inside whole."""
@@ -61,11 +68,13 @@ class Document:
         first_clip = int(begins_clip[:start].sum())
         clips = slice(first_clip, first_clip + int(begins_clip[start:stop].sum()))
         frames = np.cumsum([0, *self.audio_frames])
+        starts = self.segment_starts[(self.segment_starts >= start) & (self.segment_starts < stop)] - start
         return Document(
             self.input_ids[start:stop],
             modality[start:stop],
             self.position[start:stop],
             self.loss_mask[start:stop],
+            starts,
             self.image[patches(IMAGE)],
             self.audio[frames[clips.start] : frames[clips.stop]],
             self.audio_frames[clips],
@@ -111,7 +120,7 @@ def weave(
     woven = [bos, *segments, eos]
 
     def media(kind: int, empty: np.ndarray) -> np.ndarray:
-        return np.concatenate([empty, *(s.content for s in woven if s.modality == kind)])
+        return _joined([s.content for s in woven if s.modality == kind], empty)
 
     return Document(
         input_ids=np.concatenate(
@@ -120,11 +129,23 @@ def weave(
         modality=np.concatenate([np.full(len(s), s.modality, np.uint8) for s in woven]),
         position=np.concatenate([s.position for s in woven]),
         loss_mask=np.concatenate([np.full(len(s), s.is_target, np.uint8) for s in woven]),
+        segment_starts=np.cumsum([1, *(len(s) for s in segments)], dtype=np.int32)[:-1],
         image=media(IMAGE, np.zeros((0, widths.image), np.uint8)),
         audio=media(AUDIO, np.zeros((0, widths.audio), np.float16)),
         audio_frames=np.array([len(s.content) for s in woven if s.modality == AUDIO], np.int32),
         video=media(VIDEO, np.zeros((0, widths.video), np.uint8)),
     )
+
+
+def _joined(parts: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
+    """The parts one after the other; without a copy where they lie so already, as the frames of a long video do."""
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return empty
+    follow = all(a.ctypes.data + a.nbytes == b.ctypes.data and a.base is b.base for a, b in pairwise(parts))
+    if not follow:
+        return np.concatenate(parts)
+    return np.lib.stride_tricks.as_strided(parts[0], (sum(map(len, parts)), *parts[0].shape[1:]), writeable=False)
 
 
 def lay_row(pieces: list[tuple[Document, int]], seq_len: int, pad_id: int, widths: Widths) -> Row:

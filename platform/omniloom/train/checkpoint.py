@@ -8,12 +8,13 @@ step_00000100/engine/       DeepSpeed's shards, one set a rank
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from omniloom.data.shards import Corpus, file_sha256
+from omniloom.data.corpus import Corpus
+from omniloom.data.index import file_sha256
 from omniloom.errors import CheckpointError, DataError
 from omniloom.model.decoder import Decoder
 from omniloom.model.load import save_model
@@ -24,14 +25,15 @@ from omniloom.train.engine import Engine
 
 @dataclass
 class State:
-    """Where a checkpoint stands; `samples` is the whole state of the data stream."""
+    """Where a checkpoint stands; `samples` is the whole state of the data stream, `batch_hash` its last batch."""
 
     step: int
     samples: int
     tokens: int
     ranks: int
     zero_stage: int
-    corpus_sha256: str
+    corpora: list[str]  # SHA-256 of each, in the order in which they joined
+    batch_hash: str = ""
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -110,18 +112,25 @@ def newest_state(run_folder: Path) -> State | None:
     return None if not complete else TypeAdapter(State).validate_json((complete[-1] / "state.json").read_bytes())
 
 
-def resume(engine: Engine, corpus: Corpus, run_folder: Path) -> State:
+def resume(engine: Engine, corpora: list[Corpus], run_folder: Path) -> State:
     """Load the newest complete checkpoint into the engine; a run without one starts at step 0."""
-    fresh = State(0, 0, 0, engine.ranks, engine.zero_stage, corpus.sha256)
+    fresh = State(0, 0, 0, engine.ranks, engine.zero_stage, [corpus.sha256 for corpus in corpora])
     state = newest_state(run_folder)
     if state is None:
         return fresh
     folder = step_folder(run_folder, state.step)
-    if state.corpus_sha256 != corpus.sha256:
+    for trained, corpus in zip(state.corpora, corpora, strict=False):  # more may join later
+        if trained != corpus.sha256:
+            raise DataError(
+                f"{folder} was trained on the corpus {trained[:12]}, {corpus.folder} is {corpus.sha256[:12]}: "
+                "set corpus= back, or start another run="
+            )
+    if len(state.corpora) > len(corpora):
         raise DataError(
-            f"{folder} was trained on the corpus {state.corpus_sha256[:12]}, {corpus.folder} is {corpus.sha256[:12]}: "
-            "set corpus= back, or start another run="
+            f"{folder} was trained on {len(state.corpora)} corpora and {len(corpora)} are named: keep what data.phases "
+            "appends"
         )
+    state = replace(state, corpora=fresh.corpora)
     if (state.ranks, state.zero_stage) != (engine.ranks, engine.zero_stage):
         raise CheckpointError(
             f"{folder} was saved by {state.ranks} ranks at ZeRO {state.zero_stage}; this start has {engine.ranks} at "

@@ -12,7 +12,7 @@ from omniloom.plan.config import Workload
 from omniloom.track.config import TrackConfig
 
 if TYPE_CHECKING:
-    from omniloom.data.shards import Index
+    from omniloom.data.index import Index
 
 
 PRECISIONS = ("fp32", "bf16_autocast", "bf16", "fp16", "fp8")  # train/precision.py says what each means
@@ -131,7 +131,7 @@ class TrainingRun:
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions of one optimizer step, rows × seq_len."""
+        """Positions of one optimizer step at the first sequence length, rows × seq_len."""
         return self.train.global_batch_size * self.data.seq_len
 
     @property
@@ -139,7 +139,9 @@ class TrainingRun:
         """Optimizer steps of the whole run."""
         if self.train.steps is not None:
             return self.train.steps
-        return math.ceil((self.train.tokens or 0) / self.tokens_per_step)
+        return (
+            self.data.samples_of(self.train.tokens or 0, self.train.global_batch_size) // self.train.global_batch_size
+        )
 
     def workload(self, ranks: int) -> Workload:
         """What the planner reads of this run."""
@@ -162,9 +164,9 @@ class TrainingRun:
 
     def check_context(self) -> None:
         """Raise ConfigError where rows are longer than the model's context."""
-        if self.data.seq_len > self.model.max_position_embeddings:
+        if self.data.longest_row > self.model.max_position_embeddings:
             raise ConfigError(
-                f"rows are longer than the model's context: data.seq_len={self.data.seq_len} is over "
+                f"rows are longer than the model's context: data.seq_len={self.data.longest_row} is over "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
 
@@ -202,6 +204,7 @@ class TrainingRun:
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
                 f"{train.micro_batch_size} × cluster.workers={ranks} = {train.micro_batch_size * ranks}"
             )
+        self.data.check_steps(train.global_batch_size)
         self.check_context()
         self.parallel.check()
         for name in SHARING:
@@ -239,7 +242,7 @@ class TrainingRun:
         if self.model.audio_mels is not None:
             sizes.append(("audio", "audio_frames_per_token", media.audio.frames_per_token))
         for medium, key, corpus_has in sizes:
-            tokens = sum(shard.media_tokens[medium] for shard in index.shards)
+            tokens = sum(source.train.media_tokens[medium] for source in index.sources)
             model_reads = getattr(self.model, key)
             if tokens and model_reads is None:
                 raise ConfigError(

@@ -4,7 +4,6 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,23 +12,23 @@ from typing import Any
 import psutil
 import torch
 
-from omniloom.data.loader import Batch, Rows, batch_hash, rank_batches
-from omniloom.data.mixture import source_weights
-from omniloom.data.pack import count_unusable, heldout_rows, training_rows
-from omniloom.data.shards import Corpus
+from omniloom.data.schedule import appended, open_corpora
+from omniloom.errors import DataError
 from omniloom.model.decoder import Decoder
 from omniloom.track.run_directory import stop_asked
 from omniloom.track.tracker import Tracker
 from omniloom.train import checkpoint
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine, shut_down
+from omniloom.train.forgetting import forgetting
 from omniloom.train.schedule import rate_share
-from omniloom.train.step import StepResult, sparse_layers, training_step, validation_loss
+from omniloom.train.step import StepResult, sparse_layers, training_step
+from omniloom.train.stream import Stream
 
 
 def train(run: TrainingRun) -> None:
     """One rank's whole life: every rank of the run calls this once."""
-    corpus = Corpus(Path(run.corpus or ""))
+    corpora = open_corpora(Path(run.corpus or ""), run.data)
     torch.manual_seed(run.seed)
     footprint = _footprint_bytes()
     model = Decoder(run.model)
@@ -37,15 +36,18 @@ def train(run: TrainingRun) -> None:
     engine = Engine(model, run)
     with ExitStack() as stack:
         stack.callback(shut_down)
-        state = checkpoint.resume(engine, corpus, run.folder)
+        state = checkpoint.resume(engine, corpora, run.folder)
         tracker = None
         where = engine.gather({"host": platform.node(), "pid": os.getpid()})
         if engine.rank == 0:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
-            tracker.event("start", step=state.step, corpus=corpus.sha256, ranks=where)
-        stream = _Stream(run, corpus, engine)
-        if tracker is not None and stream.skipped:
-            tracker.event("skipped_documents", count=stream.skipped, reason=f"media and over {run.data.seq_len} tokens")
+            tracker.event("start", step=state.step, corpora=[corpus.sha256 for corpus in corpora], ranks=where)
+        stream = Stream(run, corpora, engine)
+        _refuse_another_stream(stream, state)
+        joined = appended(corpora, run.data)
+        joins = {join.from_sample // run.train.global_batch_size for join in joined}
+        if tracker is not None:
+            tracker.event("plan", **asdict(stream.plan.record))
         if tracker is not None and engine.float8:
             tracker.event("float8", modules=engine.float8)
         began, first = time.monotonic(), state.step
@@ -56,7 +58,11 @@ def train(run: TrainingRun) -> None:
             share = rate_share(step, run.steps, run.schedule)
             result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share)
             state = replace(
-                state, step=step, samples=step * run.train.global_batch_size, tokens=state.tokens + result.tokens
+                state,
+                step=step,
+                samples=step * run.train.global_batch_size,
+                tokens=state.tokens + result.tokens,
+                batch_hash=stream.hash_of(batches),
             )
             peak = peak_memory_bytes()
             memory, added, stop = engine.max_over_ranks([peak, peak - footprint, float(stop_asked(run.folder))])
@@ -64,82 +70,31 @@ def train(run: TrainingRun) -> None:
                 engine, result, time.monotonic() - started + waited_s, waited_s
             )
             line |= {"memory_peak_bytes": int(memory), "memory_added_bytes": int(added)}
-            line["batch_hash"] = stream.hash_of(batches)
+            line["batch_hash"] = state.batch_hash
             line["eta_s"] = (time.monotonic() - began) / (step - first) * (run.steps - step)
-            if step % run.train.val_every == 0 or step == run.steps:
+            if step % run.train.val_every == 0 or step == run.steps or step in joins:
                 line |= stream.validate()
+                if tracker is not None:
+                    line |= forgetting(run.folder, line, joined, run.train.global_batch_size)
             if tracker is not None:
                 if engine.skipped:
                     tracker.event("skipped_step", step=step, loss_scale=engine.loss_scale)
                 tracker.metrics(line | _scaling(engine))
             if step % run.train.save_every == 0 or step == run.steps or stop:
-                folder = checkpoint.save(engine, model, corpus, run.folder, state)
+                folder = checkpoint.save(engine, model, corpora[0], run.folder, state)
                 if tracker is not None:
                     tracker.checkpoint(folder)
             if stop:
                 break
 
 
-class _Stream:
-    """One rank's view of the data: training batches, the held-out rows, the sources' loss weights."""
-
-    def __init__(self, run: TrainingRun, corpus: Corpus, engine: Engine) -> None:
-        self._run, self._engine = run, engine
-        sources = corpus.index.sources
-        self._names = [source.name for source in sources]
-        weights = source_weights(self._names, [s.weight for s in sources], run.data.weights, "weights")
-        losses = source_weights(self._names, [s.loss_weight for s in sources], run.data.loss_weights, "loss_weights")
-        self.loss_weight_S = torch.tensor(losses, dtype=torch.float32, device=engine.device)
-        seq_len, train = run.data.seq_len, corpus.split("train")
-        self.skipped = count_unusable(train, seq_len)
-        rows = run.steps * run.train.global_batch_size
-        phases = [(0, weights)]
-        for phase in run.data.phases:
-            weights = source_weights(
-                self._names, weights.tolist(), phase.weights, f"phases.{phase.from_sample}.weights"
-            )
-            phases.append((phase.from_sample, weights))
-        self._train = Rows(train, training_rows(train, phases, run.seed, seq_len, rows), seq_len)
-        heldout = corpus.split("heldout")
-        plan = heldout_rows(heldout, seq_len, run.train.val_rows) if len(heldout) else []
-        # Empty rows fill up the last batch: ranks that run unequal numbers of forwards would wait for ever.
-        width = engine.ranks * run.train.micro_batch_size
-        plan += [[]] * (-len(plan) % width)
-        self._heldout, self._heldout_batches = Rows(heldout, plan, seq_len), len(plan) // width
-
-    def steps(self, first: int) -> Iterator[tuple[list[Batch], float]]:
-        """This rank's micro batches of each step, on the device, with the seconds waited for them."""
-        asked = time.monotonic()
-        for batches in self._batches(self._train, first, self._run.steps, self._run.train.global_batch_size):
-            ready = [batch.to(self._engine.device) for batch in batches]
-            yield ready, time.monotonic() - asked
-            asked = time.monotonic()
-
-    def _batches(self, rows: Rows, first: int, steps: int, batch_size: int) -> Iterator[list[Batch]]:
-        engine, run = self._engine, self._run
-        return rank_batches(
-            rows,
-            first,
-            steps,
-            batch_size,
-            run.train.micro_batch_size,
-            engine.rank,
-            engine.ranks,
-            run.data.loader_workers,
+def _refuse_another_stream(stream: Stream, state: checkpoint.State) -> None:
+    """Raise DataError where the batch of the last step, read anew, is not the one that was trained on."""
+    if state.step and (found := stream.hash_at(state.step)) != state.batch_hash:
+        raise DataError(
+            f"the stream is not the one trained on: the batch of step {state.step} was {state.batch_hash[:12]} and is "
+            f"{found[:12]}: what data.phases declare up to sample {state.samples:,} must stay as it was"
         )
-
-    def hash_of(self, batches: list[Batch]) -> str:
-        """The global batch's hash, the same for any number of ranks."""
-        digests = b"".join(digest for batch in batches for digest in batch.digests)
-        return batch_hash([self._engine.gather_bytes(digests)])
-
-    def validate(self) -> dict[str, float]:
-        """The held-out losses, or nothing where the corpus holds nothing out."""
-        if not self._heldout_batches:
-            return {}
-        width = self._engine.ranks * self._run.train.micro_batch_size
-        batches = self._batches(self._heldout, 0, self._heldout_batches, width)
-        return validation_loss(self._engine, batches, self.loss_weight_S, self._names)
 
 
 def _line(run: TrainingRun, state: checkpoint.State, result: StepResult, model: Decoder, lr: float) -> dict[str, Any]:

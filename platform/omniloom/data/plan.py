@@ -1,0 +1,239 @@
+"""The packing plan: which pieces lie in which row, in files that every rank maps into its memory.
+
+The training plan is a function of (corpora, seed, schedule) and is built once, by whoever comes first. Its folder holds
+`pieces` and `rows`, where each row's pieces begin, and `plan.json`, written last.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from pydantic import TypeAdapter
+from tqdm import tqdm
+
+from omniloom.data.corpus import Documents
+from omniloom.data.mixture import DocumentOrder
+from omniloom.data.pack import Packer, Piece, cut, pack, windows
+from omniloom.errors import DataError
+
+PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("stop", "<i4")])
+SHUFFLED_ROWS = 256  # rows are shuffled in blocks of this size: a long document fills many in a row
+VERSION = 1  # of this file, mixture.py, shuffle.py and pack.py: counted up with every change of what they give
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From a row on: the sources' weights, shares of tokens, and the rows' length."""
+
+    first_row: int
+    weights: tuple[float, ...]
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything beside the documents that decides the training stream."""
+
+    phases: tuple[Phase, ...]
+    seed: int
+    long_documents: str
+
+    def seq_len(self, row: int) -> int:
+        """The length of that row."""
+        return next(phase.seq_len for phase in reversed(self.phases) if phase.first_row <= row)
+
+
+@dataclass
+class PlanRecord:
+    """What came of a plan; `key` names the corpora and the schedule."""
+
+    key: str
+    rows: int
+    pieces: int
+    tokens: int
+    positions: int  # rows × their length
+    skipped: int  # documents that no row could hold, each time they came
+    epochs: dict[str, float]  # how often each source was gone through
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        epochs = ", ".join(f"{name} {count:.3g}" for name, count in self.epochs.items() if count)
+        skipped = f"; {self.skipped} times a document came that no row can hold" if self.skipped else ""
+        return (
+            f"rows: {self.rows:,}, {self.tokens / self.positions:.2%} of {self.positions:,} positions filled; "
+            f"epochs: {epochs}{skipped}"
+        )
+
+
+class Plan:
+    """The rows of a finished plan, each a list of pieces, read where they lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = TypeAdapter(PlanRecord).validate_json((folder / "plan.json").read_bytes())
+        self._begin = np.memmap(folder / "rows", "<i8", "r", shape=(self.record.rows + 1,))
+        self._pieces = np.memmap(folder / "pieces", PIECE, "r", shape=(self.record.pieces,))
+
+    def __reduce__(self) -> tuple[type["Plan"], tuple[Path]]:
+        return Plan, (self.folder,)
+
+    def __len__(self) -> int:
+        return self.record.rows
+
+    def __getitem__(self, row: int) -> list[Piece]:
+        return [Piece(*piece) for piece in self._pieces[self._begin[row] : self._begin[row + 1]].tolist()]
+
+
+def open_plan(documents: Documents, schedule: Schedule, rows: int, folder: Path) -> Plan:
+    """The plan of at least the first `rows` rows, in `folder`; built there where nobody has yet."""
+    key = plan_key(documents, schedule)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        for finished in folder.glob(f"{key}-*/plan.json"):
+            if int(finished.parent.name.rpartition("-")[2]) >= rows:
+                return Plan(finished.parent)
+        return _build(documents, schedule, rows, key, folder / f"{key}-{rows}")
+
+
+def plan_key(documents: Documents, schedule: Schedule) -> str:
+    """A hash of all that the training stream is a function of."""
+    said = [VERSION, documents.split, [corpus.sha256 for corpus in documents.corpora], asdict(schedule)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _build(documents: Documents, schedule: Schedule, rows: int, key: str, folder: Path) -> Plan:
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted build left
+    folder.mkdir()
+    stream = Stream(documents, schedule)
+    record = PlanRecord(key, rows, 0, 0, 0, 0, {})
+    with (folder / "pieces").open("wb") as pieces, (folder / "rows").open("wb") as begins:
+        begins.write(np.zeros(1, "<i8").tobytes())
+        with tqdm(total=rows, desc="plan the rows", unit="row", delay=2) as bar:
+            for block in stream.blocks(rows):
+                flat = np.array([piece for row in block for piece in row], PIECE)
+                ends = record.pieces + np.cumsum([len(row) for row in block])
+                pieces.write(flat.tobytes())
+                begins.write(ends.astype("<i8").tobytes())
+                record.positions += len(block) * stream.seq_len
+                record.pieces += len(flat)
+                record.tokens += int((flat["stop"] - flat["start"]).sum())
+                bar.update(len(block))
+    record.skipped = stream.skipped
+    record.epochs = dict(zip(documents.names, stream.epochs_S.tolist(), strict=True))
+    (folder / "plan.json").write_bytes(TypeAdapter(PlanRecord).dump_json(record, indent=1))
+    return Plan(folder)
+
+
+class Stream:
+    """The endless training stream, row by row.
+
+    A phase begins at exactly its first row with what is packed from then on; pieces that lay in open rows come with it,
+    packed anew where the rows' length changes. Prefix-stable: blocks of SHUFFLED_ROWS, counted from the phase's first
+    row, are permuted by (seed, their first row), whatever comes after them.
+    """
+
+    def __init__(self, documents: Documents, schedule: Schedule) -> None:
+        self._documents, self._schedule = documents, schedule
+        self._order = DocumentOrder(documents, schedule.seed)
+        self._packer = Packer(schedule.phases[0].seq_len)
+        self._drawn = np.zeros(0, np.int64)  # documents in the order's order, and how many of them are cut
+        self._cut = 0
+        self._tokens: list[int] = []
+        self._waiting: list[Piece] = []  # of cut documents, not yet placed; the next one last
+        self._in_vain = 0  # documents one after the other of which no piece fits
+        self.skipped = 0
+
+    @property
+    def seq_len(self) -> int:
+        """Of the rows that come now."""
+        return self._packer.seq_len
+
+    @property
+    def epochs_S(self) -> np.ndarray:
+        """How often each source was gone through."""
+        return self._order.drawn_S / np.maximum(np.diff(self._documents.first_S), 1)
+
+    def blocks(self, rows: int) -> Iterator[list[list[Piece]]]:
+        """The first `rows` rows, a block at a time."""
+        phases = self._schedule.phases
+        # The last phase never ends: its last block is whole, and cut afterwards.
+        ends = [*(phase.first_row for phase in phases[1:]), rows + SHUFFLED_ROWS]
+        for phase, end in zip(phases, ends, strict=True):
+            if phase.first_row >= rows:
+                break
+            self._enter(phase)
+            for first in range(phase.first_row, min(end, rows), SHUFFLED_ROWS):
+                block = [self._next_row() for _ in range(min(SHUFFLED_ROWS, end - first))]
+                order = np.random.default_rng([self._schedule.seed, first]).permutation(len(block))
+                yield [block[i] for i in order][: rows - first]
+        self._order.put_back(self._drawn[self._cut :])
+
+    def _enter(self, phase: Phase) -> None:
+        self._order.put_back(self._drawn[self._cut :])
+        self._drawn, self._cut = self._drawn[:0], 0
+        self._order.weigh(np.array(phase.weights))
+        if phase.seq_len != self._packer.seq_len:
+            left = [piece for row in self._packer.flush() for piece in row] + self._waiting[::-1]
+            self._packer = Packer(phase.seq_len)
+            self._waiting = [piece for whole in left for piece in self._pieces(whole)][::-1]
+
+    def _next_row(self) -> list[Piece]:
+        while True:
+            while self._waiting:
+                if (row := self._packer.add(self._waiting.pop())) is not None:
+                    return row
+            self._waiting = self._pieces(self._next_document())[::-1]
+
+    def _next_document(self) -> Piece:
+        while self._cut == len(self._drawn):
+            self._drawn, self._cut = self._order.take(), 0
+            self._tokens = self._documents.lengths(self._drawn)["tokens"].tolist()
+        number = self._cut
+        self._cut += 1
+        return Piece(int(self._drawn[number]), 0, self._tokens[number])
+
+    def _pieces(self, whole: Piece) -> list[Piece]:
+        """A document, or what is left of one, as pieces that fit a row; none where an item of it is longer."""
+        seq_len = self._packer.seq_len
+        if whole.tokens <= seq_len:
+            self._in_vain = 0
+            return [whole]
+        pieces = cut_document(self._documents, whole, seq_len, self._schedule.long_documents)
+        self.skipped += not pieces
+        self._in_vain = 0 if pieces else self._in_vain + 1
+        if self._in_vain > len(self._documents):
+            raise DataError(
+                f"no document fits a row of data.seq_len={seq_len}: each has a picture, a frame or a clip that is "
+                f"longer, the last {whole.tokens:,} tokens in all"
+            )
+        return pieces
+
+
+def cut_document(documents: Documents, whole: Piece, seq_len: int, policy: str) -> list[Piece]:
+    """A document that is longer than a row as pieces that fit one."""
+    if documents.lengths(np.array([whole.document]))["plain"][0]:
+        return windows(whole, seq_len)
+    return cut(whole, documents.document(whole.document), seq_len, policy)
+
+
+def heldout_rows(documents: Documents, seq_len: int, rows: int, policy: str) -> list[list[Piece]]:
+    """About `rows` rows of held-out documents, each at most once, an equal share of the tokens to every source."""
+    sources = np.flatnonzero(np.diff(documents.first_S))
+    chosen: list[Piece] = []
+    for source in sources:
+        left = rows * seq_len / len(sources)
+        for document in range(documents.first_S[source], documents.first_S[source + 1]):
+            if left <= 0:
+                break
+            whole = Piece(document, 0, int(documents.lengths(np.array([document]))["tokens"][0]))
+            fits = whole.tokens <= seq_len
+            for piece in [whole] if fits else cut_document(documents, whole, seq_len, policy):
+                if left > 0:
+                    chosen.append(piece)
+                    left -= piece.tokens
+    return list(pack(chosen, seq_len))
