@@ -149,19 +149,20 @@ def mp3_with_cover(png: bytes, sound: bytes) -> bytes:
     return b"ID3\3\0\0" + bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0)) + frame + sound
 
 
-def peak_growth_bytes(reader: str, *files: Path, config: str = "") -> list[int]:
+def peak_growth_bytes(reader: str, *files: Path, config: str) -> list[int]:
     """How far reading each file with e.g. `audio.read_audio` raises a fresh process's peak memory, in order."""
     code = f"""
 import sys
 from pathlib import Path
 from omniloom.errors import DataError
 from omniloom.modality import audio, config, video
+from omniloom.modality.files import Media
 audio._filters(16_000, 400, 80)
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 for file in sys.argv[1:]:
-    data, before = Path(file).read_bytes(), peak()
+    before = peak()
     try:
-        {reader}(data, {config})
+        {reader}(Media(file, Path(file)), {config})
     except DataError:
         pass
     print(peak() - before)

@@ -12,6 +12,7 @@ from made_media import SOUND_FORMATS, VIDEO_FORMATS, damaged, encode_sound, enco
 from omniloom.errors import DataError
 from omniloom.modality.audio import read_audio
 from omniloom.modality.config import AudioConfig, VideoConfig
+from omniloom.modality.files import Media
 from omniloom.modality.video import read_video
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about samples that are no numbers
@@ -34,7 +35,7 @@ def whole_videos() -> dict[str, bytes]:
 
 
 def check_audio(data: bytes) -> None:
-    segment = read_audio(data, AUDIO)
+    (segment,) = read_audio(Media("sound", data), AUDIO)
     assert np.isfinite(segment.content).all()
     assert segment.content.shape[1] == AUDIO.mels
     assert 1 <= len(segment) == AUDIO.tokens(len(segment.content)) <= 500
@@ -42,7 +43,7 @@ def check_audio(data: bytes) -> None:
 
 
 def check_video(data: bytes) -> None:
-    segment = read_video(data, VIDEO)
+    (segment,) = read_video(Media("film", data), VIDEO, AUDIO)
     assert segment.content.dtype == np.uint8
     assert segment.content.shape == (len(segment), 48)
     assert 1 <= len(segment) / 4 <= 21

@@ -39,15 +39,19 @@ class ImageConfig:
 
 @dataclass
 class AudioConfig:
-    """Sound becomes log-mel frames, one every `hop_ms`; the model's convolutions make one token of several frames."""
+    """Sound becomes log-mel frames, one every `hop_ms`; the model's convolutions make one token of several frames.
+
+    A sound of more than `clip_seconds` becomes several clips in a row.
+    """
 
     sample_rate: int = 16_000
     mels: int = 80
     window_ms: int = 25
     hop_ms: int = 10
     frames_per_token: int = 4
-    limit_bytes: int = 50_000_000
-    limit_seconds: int = 300
+    clip_seconds: int = 30
+    limit_bytes: int = 2_000_000_000
+    limit_seconds: int = 7_200
 
     @property
     def window_samples(self) -> int:
@@ -59,6 +63,11 @@ class AudioConfig:
         """Samples from one frame to the next."""
         return self.sample_rate * self.hop_ms // 1_000
 
+    @property
+    def clip_frames(self) -> int:
+        """Frames of the longest clip, but for a last one that was too short to stand alone."""
+        return self.clip_seconds * 1_000 // self.hop_ms
+
     def tokens(self, frames: int) -> int:
         """Tokens of a clip of `frames` frames; the last one may stand on fewer."""
         return -(-frames // self.frames_per_token)
@@ -66,14 +75,18 @@ class AudioConfig:
 
 @dataclass
 class VideoConfig:
-    """Frames are taken at a fixed rate by timestamp, resized to a square, cut into patches: (size / patch)² a frame."""
+    """Frames are taken at a fixed rate by timestamp, resized to a square, cut into patches: (size / patch)² a frame.
+
+    With `audio` the sound track is read too: what is heard from one frame to the next follows the frame.
+    """
 
     size_pixels: int = 224
     patch_pixels: int = 14
     frames_per_second: float = 1.0
-    limit_bytes: int = 1_000_000_000
+    audio: bool = False
+    limit_bytes: int = 8_000_000_000
     limit_side_pixels: int = 8_000
-    limit_seconds: int = 600
+    limit_seconds: int = 7_200
 
 
 @dataclass
@@ -116,6 +129,11 @@ class ModalityConfig:
             raise ConfigError(
                 f"windows must overlap or touch: modality.audio.window_ms={audio.window_ms} is under "
                 f"modality.audio.hop_ms={audio.hop_ms}"
+            )
+        if audio.clip_seconds < 1 or audio.clip_seconds * 1_000 < audio.window_ms:
+            raise ConfigError(
+                f"modality.audio.clip_seconds={audio.clip_seconds} must be at least 1 and hold one window of "
+                f"modality.audio.window_ms={audio.window_ms}"
             )
         if audio.frames_per_token < 2 or audio.frames_per_token & (audio.frames_per_token - 1):
             raise ConfigError(

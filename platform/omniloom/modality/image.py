@@ -8,20 +8,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omniloom.errors import DataError
 from omniloom.modality.config import ImageConfig
-from omniloom.modality.files import refuse_large
+from omniloom.modality.files import Media, open_bounded
 from omniloom.modality.sequence import IMAGE, Segment
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 
 
-def read_image(data: bytes, config: ImageConfig) -> Segment:
+def read_image(media: Media, config: ImageConfig) -> Segment:
     """Decode one picture, resize it to a square and cut it into patches.
 
     Returns a Segment of (size / patch)² tokens in row-major order, media uint8 (N, patch² · 3), position (0, row,
     column). The first frame of an animation is taken; EXIF orientation is applied; transparency lies on white; 16-bit
     grey keeps its upper 8. Raises DataError for a file that is too large, of another format or broken.
     """
-    refuse_large(len(data), config.limit_bytes, "modality.image.limit_bytes")
+    with open_bounded(media, config.limit_bytes, "modality.image.limit_bytes") as file:
+        data = file.read()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
