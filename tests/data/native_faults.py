@@ -1,6 +1,7 @@
 """Decoders that go wrong in each way native code does; a child runs them by the medium's name."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -57,16 +58,18 @@ def decode(kind: str, media: Media, config: ModalityConfig, spool: Path) -> Any:
             raise DataError("not a readable picture")
         case "leave":
             sys.exit(4)
+        case "full disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
         case "no answer":
             return (nothing for nothing in ())  # cannot be pickled
         case "wait":
-            time.sleep(0.2)
+            time.sleep(0.25)
         case "limits":
             import resource
 
             return [resource.getrlimit(resource.RLIMIT_CORE), sys.stdin.read(), sorted(sys.modules)]
-    value = len(media.content) if isinstance(media.content, bytes) else 0
-    return [Segment(IMAGE, np.full((1, 12), value % 256, np.uint8), np.array([[0, 0, os.getpid()]], np.int32))]
+    size = len(media.content) if isinstance(media.content, bytes) else media.content.stat().st_size
+    return [Segment(IMAGE, np.full((1, 12), size % 256, np.uint8), np.array([[0, size, os.getpid()]], np.int32))]
 
 
 def corrupting_decode(kind: str, media: Media, config: ModalityConfig, spool: Path) -> Any:

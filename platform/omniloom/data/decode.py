@@ -9,12 +9,12 @@ blames every file that waits. Here each child has a pipe of its own and one file
 """
 
 import atexit
+import errno
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,33 +22,25 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, Self
 
 from omniloom.data.config import DecodeConfig
 from omniloom.errors import ClusterError, DataError
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.files import Media
-from omniloom.modality.media import read_media
+from omniloom.modality.media import decode_media, segments_of
 from omniloom.modality.sequence import Segment
 
 DecodeFunction = Callable[[str, Media, ModalityConfig, Path], Any]
 
 # A child is one core's work; and each thread of its own, each arena of malloc reserves address space, which is limited.
 CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+PIPED_BYTES = 16 << 20  # larger content goes by a file: it would count against the memory for decoding, twice
 READY = "ready"
-DONE, REJECTED, OUT_OF_MEMORY = "done", "rejected", "out of memory"
+DONE, REJECTED, OUT_OF_MEMORY, OUT_OF_DISK = "done", "rejected", "out of memory", "out of disk"
 PR_SET_PDEATHSIG = 1
 PATIENCE_SECONDS = 5  # that a process whose pipe broke may take to end: a core is being written, memory given back
-
-
-def decode_media(kind: str, media: Media, config: ModalityConfig, spool: Path) -> list[Segment]:
-    """What a child runs for each medium."""
-    return read_media(kind, media, config)
-
-
-def segments_of(decoded: Any, config: ModalityConfig) -> list[Segment]:
-    """A child's answer as segments."""
-    return decoded
 
 
 class Decoders:
@@ -68,7 +60,7 @@ class Decoders:
     ) -> None:
         self.settings = (config, limits, spool)
         self._config, self._limits = config, limits
-        self._folder = tempfile.TemporaryDirectory(prefix="decode-", dir=spool, ignore_cleanup_errors=True)
+        self._folder = TemporaryDirectory(prefix="decode-", dir=spool, ignore_cleanup_errors=True)
         self._children = [_Child(config, limits, decode) for _ in range(workers)]
         self._idle: SimpleQueue[_Child] = SimpleQueue()
         for child in self._children:
@@ -98,12 +90,16 @@ class Decoders:
     def _decode(self, kind: str, media: Media) -> list[Segment]:
         seconds = self._limits.seconds + self._limits.seconds_per_megabyte * _size_bytes(media) / 1e6
         child = self._idle.get()
-        with tempfile.NamedTemporaryFile(dir=self._folder.name) as spooled:
-            try:
+        try:
+            with NamedTemporaryFile(dir=self._folder.name) as given, NamedTemporaryFile(dir=self._folder.name) as spool:
+                if isinstance(media.content, bytes) and len(media.content) > PIPED_BYTES:
+                    given.write(media.content)
+                    given.flush()
+                    media = Media(media.name, Path(given.name))
                 # Mapped before its name goes.
-                return segments_of(child.decode(kind, media, Path(spooled.name), seconds), self._config)
-            finally:
-                self._idle.put(child)
+                return segments_of(child.decode(kind, media, Path(spool.name), seconds), self._config)
+        finally:
+            self._idle.put(child)
 
 
 def _size_bytes(media: Media) -> int:
@@ -226,6 +222,8 @@ class _Child:
             raise _Failed("decoder crashed (its answer makes no sense)") from None
         if outcome == OUT_OF_MEMORY:
             raise _Failed(f"decoder needed over decode.memory_bytes={limits.memory_bytes}")
+        if outcome == OUT_OF_DISK:
+            raise ClusterError(f"no space left under {task[2].parent} for decoded media: free some")
         if outcome == REJECTED:
             raise DataError(answer)
         return answer
@@ -260,6 +258,8 @@ def _reply(decode: DecodeFunction, kind: str, media: Media, config: ModalityConf
         # Readers turn whatever their library raised into a DataError.
         if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
             return pickle.dumps((OUT_OF_MEMORY, None))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return pickle.dumps((OUT_OF_DISK, None))
         if isinstance(error, DataError):
             return pickle.dumps((REJECTED, str(error)))
         traceback.print_exc()  # a mistake in the program, not in the file; the reason is kept free of addresses
