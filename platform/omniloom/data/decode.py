@@ -22,7 +22,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import Any, Self
 
 from omniloom.data.config import DecodeConfig
@@ -47,7 +47,8 @@ class Decoders:
     """Children that decode media, each one file at a time.
 
     A result stays in memory (a film: on disk, in a file without a name) until its Future is dropped: the caller bounds
-    how far it looks ahead. Files under `spool` live no longer than the decoding of their medium.
+    how far it looks ahead. Files in `spool` live no longer than the decoding of their medium; only who is killed in the
+    middle of one leaves them behind (decode-*).
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Decoders:
     ) -> None:
         self.settings = (config, limits, spool)
         self._config, self._limits = config, limits
-        self._folder = TemporaryDirectory(prefix="decode-", dir=spool, ignore_cleanup_errors=True)
+        self._spool = spool
         self._children = [_Child(config, limits, decode) for _ in range(workers)]
         self._idle: SimpleQueue[_Child] = SimpleQueue()
         for child in self._children:
@@ -79,7 +80,6 @@ class Decoders:
         self._threads.shutdown()
         for child in self._children:
             child.end()
-        self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -91,13 +91,16 @@ class Decoders:
         seconds = self._limits.seconds + self._limits.seconds_per_megabyte * _size_bytes(media) / 1e6
         child = self._idle.get()
         try:
-            with NamedTemporaryFile(dir=self._folder.name) as given, NamedTemporaryFile(dir=self._folder.name) as spool:
+            with (
+                NamedTemporaryFile(prefix="decode-", dir=self._spool) as given,
+                NamedTemporaryFile(prefix="decode-", dir=self._spool) as film,
+            ):
                 if isinstance(media.content, bytes) and len(media.content) > PIPED_BYTES:
                     given.write(media.content)
                     given.flush()
                     media = Media(media.name, Path(given.name))
                 # Mapped before its name goes.
-                return segments_of(child.decode(kind, media, Path(spool.name), seconds), self._config)
+                return segments_of(child.decode(kind, media, Path(film.name), seconds), self._config)
         finally:
             self._idle.put(child)
 
