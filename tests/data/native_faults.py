@@ -48,7 +48,7 @@ def decode(kind: str, media: Media, config: ModalityConfig, spool: Path) -> Any:
                 np.ones(1 << 40, np.uint8)
             except Exception as error:
                 raise DataError("damaged picture: MemoryError") from error
-        case "grow by half":
+        case "keep 150 MB":
             HELD.append(bytearray(150 << 20))
         case "mistake":
             raise Unsendable(1, 2)

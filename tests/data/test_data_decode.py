@@ -1,11 +1,13 @@
 """Media decoded in a child: whatever native code does costs its own file, and no other."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -76,6 +78,25 @@ def test_a_fault_rejects_its_own_file_and_no_other(faulty: Decoders, fault: str)
     assert spooled(faulty) == []
 
 
+@pytest.mark.slow
+def test_each_files_outcome_is_its_own_whatever_the_order(tmp_path: Path) -> None:
+    expected = REASONS | {
+        "good": "good",
+        "keep 150 MB": "good",
+        "hang": "decoding took over 1 s (decode.seconds=1.0, decode.seconds_per_megabyte=0.0)",
+    }
+    limits = DecodeConfig(HASTY.seconds, HASTY.seconds_per_megabyte, LIMITS.memory_bytes)
+    order = random.Random(0)
+    with (
+        Decoders(TINY, limits, tmp_path, workers=2, decode=native_faults.decode) as decoders,
+        ThreadPoolExecutor(4) as callers,
+    ):
+        names = order.choices([*expected, *["good"] * len(expected)], k=1_000 if "OMNILOOM_SOAK" in os.environ else 100)
+        for name, said in zip(names, callers.map(partial(outcome, decoders), names), strict=True):
+            assert said == expected[name]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("fault", ["hang", "hang in C"])
 def test_a_hang_ends_at_its_limit(tmp_path: Path, fault: str) -> None:
     with Decoders(TINY, HASTY, tmp_path, decode=native_faults.decode) as decoders:
@@ -121,8 +142,9 @@ def test_what_an_earlier_file_left_behind_rejects_no_later_one(tmp_path: Path) -
     with Decoders(TINY, LIMITS, tmp_path, decode=native_faults.corrupting_decode) as decoders:
         assert [outcome(decoders, name) for name in ("poison", "good", "good")] == ["good"] * 3
     with Decoders(TINY, LIMITS, tmp_path, decode=native_faults.decode) as decoders:
-        # Each keeps 150 MB of 256: the second finds no room, and is read by a process of its own.
-        assert [outcome(decoders, "grow by half") for _ in range(4)] == ["good"] * 4
+        # Each keeps 150 MB, and at 256 the child is replaced.
+        futures = [decoders.submit("image", Media("keep 150 MB", b"1")) for _ in range(6)]
+        assert len({int(future.result()[0].position[0, 2]) for future in futures}) == 3
 
 
 def test_a_child_that_dies_between_two_files_costs_none(faulty: Decoders) -> None:

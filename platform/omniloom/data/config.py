@@ -35,7 +35,7 @@ class DecodeConfig:
 
     seconds: float = 60.0
     seconds_per_megabyte: float = 5.0  # of the file, on top
-    memory_bytes: int = 2 << 30  # address space over what the decoding process has when it starts
+    memory_bytes: int = 2 << 30  # address space over what the decoding process has before
 
     def check(self) -> None:
         """Raise ConfigError where a limit would let nothing through."""

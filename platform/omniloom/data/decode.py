@@ -9,9 +9,11 @@ blames every file that waits. Here each child has a pipe of its own and one file
 """
 
 import atexit
+import ctypes
 import errno
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +26,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from tempfile import NamedTemporaryFile
 from typing import Any, Self
+
+import av
+import psutil
 
 from omniloom.data.config import DecodeConfig
 from omniloom.errors import ClusterError, DataError
@@ -40,7 +45,7 @@ PIPED_BYTES = 16 << 20  # larger content goes by a file: it would count against 
 READY = "ready"
 DONE, REJECTED, OUT_OF_MEMORY, OUT_OF_DISK = "done", "rejected", "out of memory", "out of disk"
 PR_SET_PDEATHSIG = 1
-PATIENCE_SECONDS = 5  # that a process whose pipe broke may take to end: a core is being written, memory given back
+PATIENCE_SECONDS = 5  # that a process whose pipe broke may take to end
 
 
 class Decoders:
@@ -244,12 +249,16 @@ class _Child:
 def serve(descriptor: int) -> None:
     """The child's life: the settings, then media one by one, until the parent closes the pipe."""
     _die_with_parent()
+    av.logging.set_level(None)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Connection(descriptor)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         config, memory_bytes, decode = pipe.recv()
-        _limit(memory_bytes)
         pipe.send(READY)
-        while True:
+        at_first = _address_space_bytes()
+        # Each file has the same room, whatever those before it left behind; if that is as much, another child goes on.
+        while (held := _address_space_bytes()) < at_first + memory_bytes:
+            _limit_address_space(held + memory_bytes)
             kind, media, spooled = pipe.recv()
             pipe.send_bytes(_reply(decode, kind, media, config, spooled))
 
@@ -272,19 +281,15 @@ def _reply(decode: DecodeFunction, kind: str, media: Media, config: ModalityConf
 def _die_with_parent() -> None:
     # Also in the middle of a file that hangs; between two the end of the pipe says it.
     if sys.platform == "linux":
-        import ctypes
-
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _limit(memory_bytes: int) -> None:
-    import resource
+def _address_space_bytes() -> int:
+    return psutil.Process().memory_info().vms
 
-    import av
-    import psutil
 
-    av.logging.set_level(None)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":  # elsewhere address space has no limit
-        most = psutil.Process().memory_info().vms + memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+def _limit_address_space(limit_bytes: int) -> None:
+    if sys.platform == "linux":  # elsewhere it has no limit
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        soft = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
