@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import av
 import numpy as np
@@ -167,13 +168,13 @@ class _SoundTrack:
             self._add(samples_S)
 
     def cut(self, origin: float, frames: int, frames_per_second: float) -> list[np.ndarray]:
-        """What is heard from each of `frames` pictures to the next, the first at `origin`; [] where all is silent."""
+        """What is heard from each of `frames` pictures to the next, the first at `origin`; [] where nothing is."""
         for samples_S in self._resample(None) if self._start is not None else ():
             self._add(samples_S)
         self._blocks.append(self._mel.rest().astype(np.float16))
-        if self._start is None or self._mel.loudest < SILENCE:
-            return []
         sound_FM = np.concatenate(self._blocks)
+        if self._start is None or not len(sound_FM) or self._mel.loudest < SILENCE:
+            return []
         seconds = origin - self._start + np.arange(frames + 1) / frames_per_second
         edges = np.ceil((seconds - CLOCK_SECONDS) * 1_000 / self._config.hop_ms).clip(0, len(sound_FM)).astype(int)
         return [sound_FM[start:stop] for start, stop in pairwise(edges)]
@@ -211,10 +212,11 @@ def _square(frame: av.VideoFrame, size_pixels: int, converter: VideoReformatter)
     """A frame as it is shown: a square, turned and mirrored as the file says."""
     picture = Image.fromarray(converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
     square = np.asarray(picture.resize((size_pixels, size_pixels), Image.Resampling.BILINEAR), dtype=np.uint8)
-    if "DISPLAYMATRIX" not in frame.side_data:
+    side_data: Any = frame.side_data  # whose stub names two of its keys
+    if "DISPLAYMATRIX" not in side_data:
         return square
     # Where a pixel's step to the right (a, b) and down (c, d) leads on the screen, in the nearest quarter turns.
-    a, b, _, c, d = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)[:5].astype(float)
+    a, b, _, c, d = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), np.int32)[:5].astype(float)
     if abs(b) + abs(c) > abs(a) + abs(d):
         square, a, d = square.transpose(1, 0, 2), c, b
     return square[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
