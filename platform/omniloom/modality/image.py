@@ -33,7 +33,9 @@ def read_image(media: Media, config: ImageConfig) -> Segment:
                         f"picture of {picture.width} × {picture.height} pixels is over "
                         f"modality.image.limit_side_pixels={config.limit_side_pixels}"
                     )
-                resized = _resize(ImageOps.exif_transpose(_eight_bits(picture)), config)
+                upright = _eight_bits(picture)
+                ImageOps.exif_transpose(upright, in_place=True)
+                resized = _resize(upright, config)
     except DataError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
