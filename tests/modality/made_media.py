@@ -192,6 +192,17 @@ def mp3_with_cover(png: bytes, sound: bytes) -> bytes:
     return b"ID3\3\0\0" + bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0)) + frame + sound
 
 
+def reset_peak() -> int:
+    """Let this process's peak memory count from now on; what it holds now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    return 1_024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def peak_growth_bytes(reader: str, *files: Path, config: str) -> list[int]:
     """How far reading each file with e.g. `audio.read_audio` raises a fresh process's peak memory, in order."""
     code = f"""
