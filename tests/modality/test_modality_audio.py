@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_media import encode_sound, encode_video, large_png, mp3_with_cover, peak_growth_bytes, speechlike, tone, wav
+from made_media import (
+    encode_film,
+    encode_sound,
+    encode_video,
+    large_png,
+    mp3_with_cover,
+    peak_growth_bytes,
+    speechlike,
+    tone,
+    wav,
+)
 from PIL import Image
 from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import spectrogram, window_function
@@ -133,6 +143,31 @@ def test_frames_are_rounded_to_float16_once_at_the_end() -> None:
     assert np.abs(segment.content - exact).max() > 0
 
 
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("mp4", "aac"), ("ipod", "aac"), ("adts", "aac"), ("matroska", "libopus"), ("webm", "libopus"), ("mov", "alac")],
+)
+def test_sound_of_other_containers_reads(container: str, codec: str) -> None:
+    data = encode_sound(tone(1_000, 2, 48_000), 48_000, container, codec)
+    content = clip(data, CONFIG).content[10:190].astype(np.float64)
+    assert 195 <= len(clip(data, CONFIG).content) <= 210
+    assert int(content.mean(axis=0).argmax()) == band_of(1_000)
+    loudness = np.sqrt((whole(data, CONFIG)[4_000:28_000] ** 2).mean())  # AAC's peaks stand out
+    assert loudness == pytest.approx(0.5 / math.sqrt(2), abs=0.02)
+
+
+def test_the_sound_of_a_video_reads() -> None:
+    sound = speechlike(2)
+    content = clip(encode_film(2, sound, RATE), CONFIG).content
+    assert np.array_equal(content, clip(wav(np.round(sound * 2**15) / (2**15 - 1), RATE), CONFIG).content)
+
+
+def test_path_and_bytes_read_alike_whatever_the_files_name(tmp_path: Path) -> None:
+    for name in ("sound.wav", "concat:sound.mp4", "http:", "sound.m3u8"):
+        (tmp_path / name).write_bytes(WHOLE)
+        assert np.array_equal(clip(tmp_path / name, CONFIG).content, clip(WHOLE, CONFIG).content)
+
+
 @pytest.mark.parametrize("hertz", [440, 1_000, 3_000])
 @pytest.mark.parametrize(
     ("container", "codec", "rates"),
@@ -179,7 +214,7 @@ def test_stereo_is_the_mean_of_its_channels() -> None:
         clip(wav(np.stack([left, -left]), RATE), CONFIG)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 6, 8, 16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 6, 7, 8, 16])
 def test_a_sound_on_every_channel_is_as_loud_as_on_one(channels: int) -> None:
     sound = tone(440, 0.2, 44_100)
     samples = whole(wav(np.stack([sound] * channels), 44_100), CONFIG)
@@ -208,6 +243,7 @@ BAD = {
     "png": (picture("PNG"), UNREADABLE),
     "jpeg": (picture("JPEG"), UNREADABLE),
     "gif": (picture("GIF"), UNREADABLE),
+    "wrong extension": (encode_film(0.3, speechlike(0.3), RATE, "avi"), UNREADABLE),
     "half a header": (WHOLE[:20], UNREADABLE),
     "header alone": (WHOLE[:44], "clip of 0 samples is shorter than one window of 400"),
     "video": (encode_video([0, 40, 80]), "no sound in the file"),

@@ -85,6 +85,7 @@ class LogMel:
 
     def __init__(self, config: AudioConfig) -> None:
         self._window, self._hop = config.window_samples, config.hop_samples
+        self._block_samples = BLOCK_FRAMES * self._hop
         self._filters_BM = _filters(config.sample_rate, self._window, config.mels)
         self._hann_W = np.hanning(self._window + 1)[:-1]  # periodic
         self._held: list[np.ndarray] = []
@@ -93,18 +94,20 @@ class LogMel:
 
     def add(self, samples_S: np.ndarray) -> Iterator[np.ndarray]:
         """The blocks of frames that these samples complete; raises DataError for samples that are no numbers."""
-        if not np.isfinite(samples_S).all():
-            raise DataError("clip with samples that are no numbers")
-        self.loudest = max(self.loudest, float(np.abs(samples_S).max(initial=0.0)))
-        self._held.append(samples_S)
-        self._held_samples += len(samples_S)
-        self.samples += len(samples_S)
-        # A window more than the block needs: the end is reflected from what is still held.
-        while self._held_samples >= (BLOCK_FRAMES - 1) * self._hop + 2 * self._window:
-            padded = self._from_first_frame()
-            yield self._transform(padded, BLOCK_FRAMES)
-            self._held = [padded[BLOCK_FRAMES * self._hop :]]
-            self._held_samples = len(self._held[0])
+        # In parts: however long the piece, no more than a block and a part is held.
+        for part_S in np.split(samples_S, range(self._block_samples, len(samples_S), self._block_samples)):
+            if not np.isfinite(part_S).all():
+                raise DataError("clip with samples that are no numbers")
+            self.loudest = max(self.loudest, float(np.abs(part_S).max(initial=0.0)))
+            self.samples += len(part_S)
+            self._held.append(part_S)
+            self._held_samples += len(part_S)
+            # Two windows more than the block's steps: the end is reflected from what is still held.
+            if self._held_samples >= self._block_samples + 2 * self._window:
+                padded = self._from_first_frame()
+                yield self._transform(padded, BLOCK_FRAMES)
+                self._held = [padded[self._block_samples :]]
+                self._held_samples = len(self._held[0])
 
     def rest(self) -> np.ndarray:
         """The frames that no block held; there are none of a sound shorter than a window."""

@@ -1,9 +1,11 @@
 """Sizes of the media and of the vocabulary: how files become tokens."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from omniloom.errors import ConfigError
+from omniloom.errors import ConfigError, refuse_unless_one_of
+
+Resize = Literal["fixed", "native"]
 
 
 class Widths(NamedTuple):
@@ -24,17 +26,23 @@ class TokenizerConfig:
 
 @dataclass
 class ImageConfig:
-    """Pictures are resized to a square and cut into patches: (size / patch)² tokens each."""
+    """Pictures are resized and cut into patches, a token each.
+
+    `fixed` makes a square of `size_pixels`; `native` keeps the aspect, in whole patches: at most `limit_tokens` of
+    them, and no more than the picture has.
+    """
 
     size_pixels: int = 224
     patch_pixels: int = 14
+    resize: Resize = "fixed"
+    limit_tokens: int = 1_024
     limit_bytes: int = 10_000_000
     limit_side_pixels: int = 8_000
 
     @property
     def tokens(self) -> int:
-        """Tokens of one picture."""
-        return (self.size_pixels // self.patch_pixels) ** 2
+        """Tokens of the largest picture."""
+        return (self.size_pixels // self.patch_pixels) ** 2 if self.resize == "fixed" else self.limit_tokens
 
 
 @dataclass
@@ -110,6 +118,9 @@ class ModalityConfig:
                     f"a picture must divide into whole patches: modality.{name}.size_pixels={square.size_pixels} is no "
                     f"multiple of modality.{name}.patch_pixels={square.patch_pixels}"
                 )
+        refuse_unless_one_of("modality.image.resize", self.image.resize, get_args(Resize))
+        if self.image.limit_tokens < 1:
+            raise ConfigError(f"modality.image.limit_tokens={self.image.limit_tokens} must be at least 1")
         audio = self.audio
         for key in ("sample_rate", "mels", "hop_ms"):
             if getattr(audio, key) < 1:

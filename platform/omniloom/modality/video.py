@@ -5,10 +5,12 @@ S samples, F frames of sound, M mel bands.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import av
 import numpy as np
@@ -56,22 +58,24 @@ def decode_video(media: Media, config: VideoConfig, audio: AudioConfig, path: Pa
     format or broken, or without a frame.
     """
     track = _SoundTrack(audio, config.limit_seconds) if config.audio else None
+    converter = VideoReformatter()  # one for all frames: it costs more to make than to use
     frames, origin = 0, 0.0
     with path.open("wb") as file:
         shown, patches = None, b""
         for frame in _shown_at_ticks(_decode(media, config, track), config):
-            if not frames:
+            if shown is None:
                 origin = frame.time or 0.0
-                converter = VideoReformatter()  # one for all frames: it costs more to make than to use
             if frame is not shown:
-                pixels = _square(frame, config.size_pixels, converter)
+                with _damage_as_data_error():
+                    pixels = _square(frame, config.size_pixels, converter)
                 shown, patches = frame, cut_patches(pixels, config.patch_pixels)[0].tobytes()
-            file.write(patches)
+            file.write(patches)  # a full disk is no fault of the video's
             frames += 1
     if not frames:
         raise DataError("video without a frame")
     across = config.size_pixels // config.patch_pixels
-    sound = track.cut(origin, frames, config.frames_per_second) if track else []
+    with _damage_as_data_error():
+        sound = track.cut(origin, frames, config.frames_per_second) if track else []
     return Film(path, frames, (across, across), config.patch_pixels**2 * 3, sound)
 
 
@@ -101,31 +105,37 @@ def _decode(media: Media, config: VideoConfig, track: "_SoundTrack | None") -> I
     # No decoder allocates more: not while the file is probed (it then has no size), not where its size changes later.
     bounds = {"max_pixels": str((config.limit_side_pixels + DECODER_PADDING) ** 2)}
     options = {"format_whitelist": CONTAINERS} | bounds
+    with (
+        _damage_as_data_error(),
+        open_bounded(media, config.limit_bytes, "modality.video.limit_bytes") as file,
+        av.open(file, "r", options=options) as container,
+    ):
+        if not container.streams.video:
+            raise DataError("no picture track in the file")
+        pictures = container.streams.video[0]
+        pictures.codec_context.options = bounds
+        if not pictures.width:
+            raise DataError(
+                f"video without a size, or over modality.video.limit_side_pixels={config.limit_side_pixels}"
+            )
+        if max(pictures.width, pictures.height) > config.limit_side_pixels:
+            raise DataError(
+                f"video of {pictures.width} × {pictures.height} pixels is over "
+                f"modality.video.limit_side_pixels={config.limit_side_pixels}"
+            )
+        sounds = container.streams.audio[:1] if track else []
+        for packet in container.demux(pictures, *sounds):
+            for frame in packet.decode():
+                if isinstance(frame, av.VideoFrame):
+                    yield frame
+                elif track is not None and isinstance(frame, av.AudioFrame):
+                    track.hear(frame)
+
+
+@contextmanager
+def _damage_as_data_error() -> Iterator[None]:
     try:
-        with (
-            open_bounded(media, config.limit_bytes, "modality.video.limit_bytes") as file,
-            av.open(file, "r", options=options) as container,
-        ):
-            if not container.streams.video:
-                raise DataError("no picture track in the file")
-            pictures = container.streams.video[0]
-            pictures.codec_context.options = bounds
-            if not pictures.width:
-                raise DataError(
-                    f"video without a size, or over modality.video.limit_side_pixels={config.limit_side_pixels}"
-                )
-            if max(pictures.width, pictures.height) > config.limit_side_pixels:
-                raise DataError(
-                    f"video of {pictures.width} × {pictures.height} pixels is over "
-                    f"modality.video.limit_side_pixels={config.limit_side_pixels}"
-                )
-            sounds = container.streams.audio[:1] if track else []
-            for packet in container.demux(pictures, *sounds):
-                for frame in packet.decode():
-                    if isinstance(frame, av.VideoFrame):
-                        yield frame
-                    elif track is not None and isinstance(frame, av.AudioFrame):
-                        track.hear(frame)
+        yield
     except DataError:
         raise
     except Exception as error:  # on damaged files the decoders raise whatever their parsers met
@@ -153,18 +163,18 @@ class _SoundTrack:
         if max(seconds, heard) > self._limit_seconds:
             return
         if seconds - heard > GAP_SECONDS:
-            self._add(np.zeros(round((seconds - heard) * rate), np.float32))
+            self._add(np.broadcast_to(np.float32(0), round((seconds - heard) * rate)))
         for samples_S in self._resample(frame):
             self._add(samples_S)
 
     def cut(self, origin: float, frames: int, frames_per_second: float) -> list[np.ndarray]:
-        """What is heard from each of `frames` pictures to the next, the first at `origin`; [] where all is silent."""
+        """What is heard from each of `frames` pictures to the next, the first at `origin`; [] where nothing is."""
         for samples_S in self._resample(None) if self._start is not None else ():
             self._add(samples_S)
         self._blocks.append(self._mel.rest().astype(np.float16))
-        if self._start is None or self._mel.loudest < SILENCE:
-            return []
         sound_FM = np.concatenate(self._blocks)
+        if self._start is None or not len(sound_FM) or self._mel.loudest < SILENCE:
+            return []
         seconds = origin - self._start + np.arange(frames + 1) / frames_per_second
         edges = np.ceil((seconds - CLOCK_SECONDS) * 1_000 / self._config.hop_ms).clip(0, len(sound_FM)).astype(int)
         return [sound_FM[start:stop] for start, stop in pairwise(edges)]
@@ -199,5 +209,14 @@ def _shown_at_ticks(decoded: Iterator[av.VideoFrame], config: VideoConfig) -> It
 
 
 def _square(frame: av.VideoFrame, size_pixels: int, converter: VideoReformatter) -> np.ndarray:
+    """A frame as it is shown: a square, turned and mirrored as the file says."""
     picture = Image.fromarray(converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-    return np.asarray(picture.resize((size_pixels, size_pixels), Image.Resampling.BILINEAR), dtype=np.uint8)
+    square = np.asarray(picture.resize((size_pixels, size_pixels), Image.Resampling.BILINEAR), dtype=np.uint8)
+    side_data: Any = frame.side_data  # whose stub names two of its keys
+    if "DISPLAYMATRIX" not in side_data:
+        return square
+    # Where a pixel's step to the right (a, b) and down (c, d) leads on the screen, in the nearest quarter turns.
+    a, b, _, c, d = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), np.int32)[:5].astype(float)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        square, a, d = square.transpose(1, 0, 2), c, b
+    return square[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
