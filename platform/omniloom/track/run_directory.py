@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "track.",
     "parallel.",
     "data.loader_workers",
+    "decode.",
     "force",
     "like",
     "fork",
