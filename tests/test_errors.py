@@ -14,6 +14,7 @@ DEVICES = ["a100_40gb", "a100_80gb", "h100_pcie", "h100_sxm", "h800", "v100_32gb
         ("V100", DEVICES, "v100_32gb"),
         ("h101", DEVICES, "h100_sxm"),
         ("a100-80", DEVICES, "a100_80gb"),
+        ("device", ["cluster/device", "decode"], "cluster/device"),  # the last part of one
         ("modle", ["modality", "model"], "model"),  # a whole name before a beginning
         ("stesp", ["save_every", "steps"], "steps"),
     ],

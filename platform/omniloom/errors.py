@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-LEAST_LIKENESS, OF_A_BEGINNING = 0.5, 0.95
+LEAST_LIKENESS, OF_A_PART = 0.5, 0.95
 
 
 class OmniloomError(Exception):
@@ -43,7 +43,11 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 def _likeness(name: str, valid: str) -> float:
-    """From 0 to 1, whatever the case; who wrote the beginning of a name alone (h100, for h100_sxm) meant that name."""
+    """From 0 to 1, whatever the case; who wrote a name's beginning alone (h100, for h100_sxm) meant that name.
+
+    Or its last part alone (device, for cluster/device).
+    """
     name, valid = name.casefold(), valid.casefold()
-    whole, beginning = (difflib.SequenceMatcher(None, other, name).ratio() for other in (valid, valid[: len(name)]))
-    return max(whole, OF_A_BEGINNING * beginning)
+    parts = (valid, valid[: len(name)], valid.replace(".", "/").rpartition("/")[2])
+    whole, *some = (difflib.SequenceMatcher(None, part, name).ratio() for part in parts)
+    return max(whole, *(OF_A_PART * likeness for likeness in some))

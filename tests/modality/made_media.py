@@ -95,6 +95,52 @@ def encode_video(
     return stream.getvalue()
 
 
+def encode_film(
+    seconds: float,
+    sound: np.ndarray,
+    rate: int,
+    container: str = "matroska",
+    codec: str = "pcm_s16le",
+    sound_starts_ms: tuple[int, ...] = (0,),
+) -> bytes:
+    """Ten plain greys a second, `shade(0)`, `shade(1)`, …; the sound (S,) in as many even parts as it has starts."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=container) as output:
+        track = output.add_stream("mpeg4", rate=10)
+        track.width = track.height = 32
+        track.pix_fmt = "yuv420p"
+        heard = output.add_stream(codec, rate=rate, layout="mono")
+        for number in range(round(10 * seconds)):
+            grey = np.full((32, 32, 3), shade(number), np.uint8)
+            output.mux(track.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        output.mux(track.encode(None))
+        for start, part in zip(sound_starts_ms, np.split(sound, len(sound_starts_ms)), strict=True):
+            size = heard.codec_context.frame_size or 1_024
+            for at in range(0, len(part), size):
+                values = np.ascontiguousarray(part[None, at : at + size])
+                frame = av.AudioFrame.from_ndarray(values, format="fltp", layout="mono")
+                frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+                frame = av.AudioResampler(heard.codec_context.format, "mono", rate).resample(frame)[0]
+                frame.pts, frame.time_base = start * rate // 1_000 + at, Fraction(1, rate)
+                output.mux(heard.encode(frame))
+        output.mux(heard.encode(None))
+    return stream.getvalue()
+
+
+def png_bytes(pixels: np.ndarray, kind: int, **chunks: bytes) -> bytes:
+    """A PNG of pixels (H, W, channels) as uint8 or uint16; kind 0 is grey, 2 colour, 4 grey and alpha, 6 both."""
+    bits = 8 * pixels.itemsize
+    rows = b"".join(b"\0" + row.astype(f">u{pixels.itemsize}").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, kind, 0, 0, 0)
+    parts = [(b"IHDR", header), *((name.encode(), body) for name, body in chunks.items())]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*part) for part in parts)
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def damaged(data: bytes, generator: random.Random) -> bytes:
     """A few bits or bytes of a file changed, or a part of it cut off, doubled or left out."""
     bent = bytearray(data)
@@ -119,14 +165,11 @@ def damaged(data: bytes, generator: random.Random) -> bytes:
 
 def large_png(side: int) -> bytes:
     """A grey picture of side² pixels in a file of a thousandth of that."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     packer = zlib.compressobj(1)
     rows = b"".join(packer.compress(bytes(side + 1)) for _ in range(side)) + packer.flush()
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    parts = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*part) for part in parts)
 
 
 def png_video(png: bytes, side: int) -> bytes:
@@ -149,19 +192,31 @@ def mp3_with_cover(png: bytes, sound: bytes) -> bytes:
     return b"ID3\3\0\0" + bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0)) + frame + sound
 
 
-def peak_growth_bytes(reader: str, *files: Path, config: str = "") -> list[int]:
+def reset_peak() -> int:
+    """Let this process's peak memory count from now on; what it holds now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    return 1_024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def peak_growth_bytes(reader: str, *files: Path, config: str) -> list[int]:
     """How far reading each file with e.g. `audio.read_audio` raises a fresh process's peak memory, in order."""
     code = f"""
 import sys
 from pathlib import Path
 from omniloom.errors import DataError
-from omniloom.modality import audio, config, video
+from omniloom.modality import audio, config, image, video
+from omniloom.modality.files import Media
 audio._filters(16_000, 400, 80)
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 for file in sys.argv[1:]:
-    data, before = Path(file).read_bytes(), peak()
+    before = peak()
     try:
-        {reader}(data, {config})
+        {reader}(Media(file, Path(file)), {config})
     except DataError:
         pass
     print(peak() - before)

@@ -1,17 +1,19 @@
 """Files of any kind, and the sizes that decide their tokens."""
 
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
-from made_media import encode_video, large_png, tone, wav
+from made_media import encode_film, encode_video, large_png, speechlike, tone, wav
 
 from omniloom.errors import ConfigError, DataError
-from omniloom.modality import media
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig, Widths
-from omniloom.modality.files import Media, read_bounded
-from omniloom.modality.media import read_media
+from omniloom.modality.files import Media, open_bounded
+from omniloom.modality.media import decode_media, read_media, segments_of
 from omniloom.modality.sequence import MODALITIES
+from omniloom.modality.video import Film
 
 TINY = ModalityConfig(ImageConfig(4, 2), AudioConfig(), VideoConfig(4, 2))
 FILES = {
@@ -29,7 +31,7 @@ def test_each_kind_is_read_by_its_own_reader_whatever_the_files_name(kind: str, 
     assert segment.modality == MODALITIES.index(kind)
     assert len(segment) == tokens
     for other in {"image", "audio", "video"} - {kind}:
-        with pytest.raises(DataError, match="not a readable"):
+        with pytest.raises(DataError, match=r"not a readable|no sound in the file"):
             read_media(other, Media("file", path), TINY)
 
 
@@ -40,19 +42,21 @@ def test_a_file_over_its_limit_is_refused_before_it_is_read(
     path, size = tmp_path / "file", len(FILES[kind])
     path.write_bytes(FILES[kind])
     config = ModalityConfig(*(type(sizes)(limit_bytes=size - 1) for sizes in (TINY.image, TINY.audio, TINY.video)))
-    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("omniloom.modality.files.os", None)  # without which no file opens
     with pytest.raises(DataError, match=rf"{size} bytes is over modality\.{kind}\.limit_bytes={size - 1}"):
         read_media(kind, Media("file", path), config)
 
 
 def test_a_file_of_exactly_its_limit_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
-    assert read_bounded(tmp_path / "file", 5, "limit") == b"12345"
-    with pytest.raises(DataError, match="5 bytes is over limit=4"):
-        read_bounded(tmp_path / "file", 4, "limit")
+    for media in (Media("file", tmp_path / "file"), Media("file", b"12345")):
+        with open_bounded(media, 5, "limit") as file:
+            assert file.read() == b"12345"
+        with pytest.raises(DataError, match="5 bytes is over limit=4"):
+            open_bounded(media, 4, "limit")
 
 
-@pytest.mark.parametrize("kind", media.READERS)
+@pytest.mark.parametrize("kind", FILES)
 def test_what_is_no_plain_file_is_refused_without_waiting(kind: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
@@ -69,11 +73,40 @@ def test_what_is_no_plain_file_is_refused_without_waiting(kind: str, tmp_path: P
             read_media(kind, Media("file", tmp_path / name), TINY)
 
 
+@pytest.mark.parametrize("kind", [*FILES, "film"])
+def test_what_one_process_decodes_another_makes_the_same_segments_of(kind: str, tmp_path: Path) -> None:
+    config = ModalityConfig(TINY.image, AudioConfig(clip_seconds=1), VideoConfig(4, 2, audio=kind == "film"))
+    data = encode_film(3, speechlike(3), 16_000) if kind == "film" else FILES[kind]
+    medium, kind = Media("file", data), "video" if kind == "film" else kind
+    decoded = decode_media(kind, medium, config, tmp_path / "spool")
+    assert (tmp_path / "spool").exists() == isinstance(decoded, Film) == (kind == "video")
+    handed = pickle.loads(pickle.dumps(decoded))
+    assert len(pickle.dumps(decoded)) < 2_000 + sum(part.nbytes for part in getattr(decoded, "sound", [])) + (
+        0 if isinstance(decoded, Film) else sum(s.content.nbytes + s.position.nbytes for s in decoded)
+    )
+    seen, expected = segments_of(handed, config), read_media(kind, medium, config)
+    assert len(seen) == len(expected)
+    for one, other in zip(seen, expected, strict=True):
+        assert one.modality == other.modality
+        assert np.array_equal(one.content, other.content)
+        assert np.array_equal(one.position, other.position)
+
+
+def test_a_video_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (segment,) = read_media("video", Media("file", FILES["video"]), TINY)
+    assert isinstance(segment.content, np.memmap)
+    with pytest.raises(DataError):
+        read_media("video", Media("file", b""), TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_defaults_pass_their_own_check_and_have_the_contracts_sizes() -> None:
     config = ModalityConfig()
     config.check()
     assert config.widths == Widths(image=588, audio=80, video=588)
     assert config.image.tokens == 256
+    assert config.audio.clip_frames == 3_000
     assert [config.audio.tokens(frames) for frames in (1, 4, 5, 100, 101)] == [1, 1, 2, 25, 26]
 
 
@@ -99,6 +132,10 @@ def test_a_clips_tokens_are_its_whole_and_begun_groups_of_frames(frames_per_toke
         ("audio", {"window_ms": 5}, ["modality.audio.window_ms=5", "modality.audio.hop_ms=10"]),
         ("audio", {"frames_per_token": 1}, ["modality.audio.frames_per_token=1", "2, 4, 8"]),
         ("audio", {"frames_per_token": 6}, ["modality.audio.frames_per_token=6", "2, 4, 8"]),
+        ("audio", {"clip_seconds": 0}, ["modality.audio.clip_seconds=0", "at least 1"]),
+        ("audio", {"window_ms": 2_000, "clip_seconds": 1}, ["clip_seconds=1", "modality.audio.window_ms=2000"]),
+        ("image", {"resize": "squares"}, ["modality.image.resize=squares is none of fixed, native"]),
+        ("image", {"limit_tokens": 0}, ["modality.image.limit_tokens=0", "at least 1"]),
         ("video", {"frames_per_second": 0}, ["modality.video.frames_per_second=0", "at most 60"]),
         ("video", {"frames_per_second": 61}, ["modality.video.frames_per_second=61", "at most 60"]),
         ("video", {"frames_per_second": float("nan")}, ["modality.video.frames_per_second=nan"]),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from omniloom.modality.batch import MODEL_INPUTS, stack_rows
 from omniloom.modality.config import ImageConfig, Widths
+from omniloom.modality.files import Media
 from omniloom.modality.image import read_image
 from omniloom.modality.sequence import AUDIO, IMAGE, PADDING, TEXT, VIDEO, Document, Row, Segment, lay_row, weave
 from omniloom.modality.text import TextTokenizer, train_tokenizer
@@ -39,7 +40,7 @@ def picture(first: int) -> Segment:
     """A 4 × 4 picture whose values count up from `first`."""
     stream = io.BytesIO()
     Image.fromarray(np.arange(first, first + 48, dtype=np.uint8).reshape(4, 4, 3)).save(stream, "PNG")
-    return read_image(stream.getvalue(), TINY)
+    return read_image(Media("picture", stream.getvalue()), TINY)
 
 
 def sound(frames: int, first: int = 0) -> Segment:

@@ -32,6 +32,23 @@ class Manifest:
 
 
 @dataclass
+class DecodeConfig:
+    """What the decoding of one medium may take; one that takes more is a reject."""
+
+    seconds: float = 60.0
+    seconds_per_megabyte: float = 5.0  # of the file, on top
+    memory_bytes: int = 2 << 30  # address space over what the decoding process has before
+
+    def check(self) -> None:
+        """Raise ConfigError where a limit would let nothing through."""
+        for key in ("seconds", "memory_bytes"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"decode.{key}={getattr(self, key)} must be over 0")
+        if self.seconds_per_megabyte < 0:
+            raise ConfigError(f"decode.seconds_per_megabyte={self.seconds_per_megabyte} must not be negative")
+
+
+@dataclass
 class CorpusConfig:
     """Files to shards: a manifest, or sample files made here, into a corpus folder."""
 
@@ -40,6 +57,7 @@ class CorpusConfig:
     samples: str | None = None  # instead of a manifest: demo, library or smoke
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     modality: ModalityConfig = field(default_factory=ModalityConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     max_reject_share: float = 0.01  # of all documents; more than this fails the job
     force: bool = False  # rebuild a corpus that stands there already
 
@@ -55,6 +73,7 @@ class CorpusConfig:
         if not 0 <= self.max_reject_share <= 1:
             raise ConfigError(f"max_reject_share={self.max_reject_share} must lie between 0 and 1")
         self.modality.check()
+        self.decode.check()
 
 
 @dataclass

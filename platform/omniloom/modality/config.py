@@ -1,9 +1,11 @@
 """Sizes of the media and of the vocabulary: how files become tokens."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from omniloom.errors import ConfigError
+from omniloom.errors import ConfigError, refuse_unless_one_of
+
+Resize = Literal["fixed", "native"]
 
 
 class Widths(NamedTuple):
@@ -24,30 +26,40 @@ class TokenizerConfig:
 
 @dataclass
 class ImageConfig:
-    """Pictures are resized to a square and cut into patches: (size / patch)² tokens each."""
+    """Pictures are resized and cut into patches, a token each.
+
+    `fixed` makes a square of `size_pixels`; `native` keeps the aspect, in whole patches: at most `limit_tokens` of
+    them, and no more than the picture has.
+    """
 
     size_pixels: int = 224
     patch_pixels: int = 14
+    resize: Resize = "fixed"
+    limit_tokens: int = 1_024
     limit_bytes: int = 10_000_000
     limit_side_pixels: int = 8_000
 
     @property
     def tokens(self) -> int:
-        """Tokens of one picture."""
-        return (self.size_pixels // self.patch_pixels) ** 2
+        """Tokens of the largest picture."""
+        return (self.size_pixels // self.patch_pixels) ** 2 if self.resize == "fixed" else self.limit_tokens
 
 
 @dataclass
 class AudioConfig:
-    """Sound becomes log-mel frames, one every `hop_ms`; the model's convolutions make one token of several frames."""
+    """Sound becomes log-mel frames, one every `hop_ms`; the model's convolutions make one token of several frames.
+
+    A sound of more than `clip_seconds` becomes several clips in a row.
+    """
 
     sample_rate: int = 16_000
     mels: int = 80
     window_ms: int = 25
     hop_ms: int = 10
     frames_per_token: int = 4
-    limit_bytes: int = 50_000_000
-    limit_seconds: int = 300
+    clip_seconds: int = 30
+    limit_bytes: int = 2_000_000_000
+    limit_seconds: int = 7_200
 
     @property
     def window_samples(self) -> int:
@@ -59,6 +71,11 @@ class AudioConfig:
         """Samples from one frame to the next."""
         return self.sample_rate * self.hop_ms // 1_000
 
+    @property
+    def clip_frames(self) -> int:
+        """Frames of the longest clip, but for a last one that was too short to stand alone."""
+        return self.clip_seconds * 1_000 // self.hop_ms
+
     def tokens(self, frames: int) -> int:
         """Tokens of a clip of `frames` frames; the last one may stand on fewer."""
         return -(-frames // self.frames_per_token)
@@ -66,14 +83,18 @@ class AudioConfig:
 
 @dataclass
 class VideoConfig:
-    """Frames are taken at a fixed rate by timestamp, resized to a square, cut into patches: (size / patch)² a frame."""
+    """Frames are taken at a fixed rate by timestamp, resized to a square, cut into patches: (size / patch)² a frame.
+
+    With `audio` the sound track is read too: what is heard from one frame to the next follows the frame.
+    """
 
     size_pixels: int = 224
     patch_pixels: int = 14
     frames_per_second: float = 1.0
-    limit_bytes: int = 1_000_000_000
+    audio: bool = False
+    limit_bytes: int = 8_000_000_000
     limit_side_pixels: int = 8_000
-    limit_seconds: int = 600
+    limit_seconds: int = 7_200
 
 
 @dataclass
@@ -97,6 +118,9 @@ class ModalityConfig:
                     f"a picture must divide into whole patches: modality.{name}.size_pixels={square.size_pixels} is no "
                     f"multiple of modality.{name}.patch_pixels={square.patch_pixels}"
                 )
+        refuse_unless_one_of("modality.image.resize", self.image.resize, get_args(Resize))
+        if self.image.limit_tokens < 1:
+            raise ConfigError(f"modality.image.limit_tokens={self.image.limit_tokens} must be at least 1")
         audio = self.audio
         for key in ("sample_rate", "mels", "hop_ms"):
             if getattr(audio, key) < 1:
@@ -116,6 +140,11 @@ class ModalityConfig:
             raise ConfigError(
                 f"windows must overlap or touch: modality.audio.window_ms={audio.window_ms} is under "
                 f"modality.audio.hop_ms={audio.hop_ms}"
+            )
+        if audio.clip_seconds < 1 or audio.clip_seconds * 1_000 < audio.window_ms:
+            raise ConfigError(
+                f"modality.audio.clip_seconds={audio.clip_seconds} must be at least 1 and hold one window of "
+                f"modality.audio.window_ms={audio.window_ms}"
             )
         if audio.frames_per_token < 2 or audio.frames_per_token & (audio.frames_per_token - 1):
             raise ConfigError(

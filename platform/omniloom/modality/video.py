@@ -1,7 +1,16 @@
-"""A video file becomes patches of frames taken by timestamp (PyAV decodes)."""
+"""A video file becomes patches of frames taken by timestamp, and the sound heard with them (PyAV decodes).
 
-import io
+S samples, F frames of sound, M mel bands.
+"""
+
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import av
 import numpy as np
@@ -9,8 +18,9 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from omniloom.errors import DataError
-from omniloom.modality.config import VideoConfig
-from omniloom.modality.files import refuse_large
+from omniloom.modality.audio import SILENCE, LogMel, Resampler, audio_segments
+from omniloom.modality.config import AudioConfig, VideoConfig
+from omniloom.modality.files import Media, open_bounded
 from omniloom.modality.image import cut_patches
 from omniloom.modality.sequence import VIDEO, Segment
 
@@ -18,72 +28,195 @@ from omniloom.modality.sequence import VIDEO, Segment
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,ogg"
 
 DECODER_PADDING = 256  # pixels that a decoder may add to a side
+CLOCK_SECONDS = 5e-4  # containers round their times to a millisecond
+GAP_SECONDS = 0.1  # from which on a hole in the sound is one, and no rounding
 
 
-def read_video(data: bytes, config: VideoConfig) -> Segment:
-    """Decode one video and keep the frame that is shown at 0, 1/rate, 2/rate, … seconds.
+@dataclass(frozen=True)
+class Film:
+    """A decoded video: its patches lie in a file, frame after frame."""
 
-    Returns a Segment of frames × (size / patch)² tokens, content uint8 (N, patch² · 3), position (frame, row, column).
-    One kept frame is in memory at a time, at its final size. Raises DataError for a file that is too large or long, of
-    another format or broken, or without a frame.
+    path: Path
+    frames: int
+    grid: tuple[int, int]  # patches down and across
+    patch_values: int  # patch² · 3
+    sound: list[np.ndarray]  # log-mel float16 (F, M) heard from each frame to the next; [] without sound or not asked
+
+
+def read_video(media: Media, config: VideoConfig, audio: AudioConfig) -> list[Segment]:
+    """Decode one video by way of a temporary file, which lives as long as the segments do; see `decode_video`."""
+    with TemporaryDirectory() as folder:
+        return film_segments(decode_video(media, config, audio, Path(folder) / "film"), audio)
+
+
+def decode_video(media: Media, config: VideoConfig, audio: AudioConfig, path: Path) -> Film:
+    """Decode one video in one pass and keep the frame that is shown at 0, 1/rate, 2/rate, … seconds.
+
+    Patches are written to `path` frame after frame, uint8 (frames · (size / patch)², patch² · 3): one kept frame is in
+    memory at a time. With `config.audio` the sound's log-mel frames are kept, cut at the frames' times: an array a
+    frame, the last one's at most 1/rate seconds. Raises DataError for a file that is too large or long, of another
+    format or broken, or without a frame.
     """
-    refuse_large(len(data), config.limit_bytes, "modality.video.limit_bytes")
+    track = _SoundTrack(audio, config.limit_seconds) if config.audio else None
+    converter = VideoReformatter()  # one for all frames: it costs more to make than to use
+    frames, origin = 0, 0.0
+    with path.open("wb") as file:
+        shown, patches = None, b""
+        for frame in _shown_at_ticks(_decode(media, config, track), config):
+            if shown is None:
+                origin = frame.time or 0.0
+            if frame is not shown:
+                with _damage_as_data_error():
+                    pixels = _square(frame, config.size_pixels, converter)
+                shown, patches = frame, cut_patches(pixels, config.patch_pixels)[0].tobytes()
+            file.write(patches)  # a full disk is no fault of the video's
+            frames += 1
+    if not frames:
+        raise DataError("video without a frame")
+    across = config.size_pixels // config.patch_pixels
+    with _damage_as_data_error():
+        sound = track.cut(origin, frames, config.frames_per_second) if track else []
+    return Film(path, frames, (across, across), config.patch_pixels**2 * 3, sound)
+
+
+def film_segments(film: Film, audio: AudioConfig) -> list[Segment]:
+    """A film as segments: content uint8 (N, patch² · 3) mapped from its file, position (frame, row, column).
+
+    Without sound one segment; with sound the frames up to and with one that is heard, its clip, the next frames, ….
+    """
+    tokens = math.prod(film.grid)
+    content = np.memmap(film.path, np.uint8, mode="r", shape=(film.frames * tokens, film.patch_values))
+    place = np.indices((film.frames, *film.grid), dtype=np.int32).reshape(3, -1).T
+    position = np.ascontiguousarray(place)
+    segments: list[Segment] = []
+    start = 0
+    for number in range(film.frames):
+        clips = audio_segments(film.sound[number], audio) if film.sound and len(film.sound[number]) else []
+        if clips or number == film.frames - 1:
+            rows = slice(start * tokens, (number + 1) * tokens)
+            segments.append(Segment(VIDEO, content[rows], position[rows]))
+            start = number + 1
+        segments += clips
+    return segments
+
+
+def _decode(media: Media, config: VideoConfig, track: "_SoundTrack | None") -> Iterator[av.VideoFrame]:
+    """The pictures of a file; its sound goes to `track` on the way."""
     # No decoder allocates more: not while the file is probed (it then has no size), not where its size changes later.
     bounds = {"max_pixels": str((config.limit_side_pixels + DECODER_PADDING) ** 2)}
+    options = {"format_whitelist": CONTAINERS} | bounds
+    with (
+        _damage_as_data_error(),
+        open_bounded(media, config.limit_bytes, "modality.video.limit_bytes") as file,
+        av.open(file, "r", options=options) as container,
+    ):
+        if not container.streams.video:
+            raise DataError("no picture track in the file")
+        pictures = container.streams.video[0]
+        pictures.codec_context.options = bounds
+        if not pictures.width:
+            raise DataError(
+                f"video without a size, or over modality.video.limit_side_pixels={config.limit_side_pixels}"
+            )
+        if max(pictures.width, pictures.height) > config.limit_side_pixels:
+            raise DataError(
+                f"video of {pictures.width} × {pictures.height} pixels is over "
+                f"modality.video.limit_side_pixels={config.limit_side_pixels}"
+            )
+        sounds = container.streams.audio[:1] if track else []
+        for packet in container.demux(pictures, *sounds):
+            for frame in packet.decode():
+                if isinstance(frame, av.VideoFrame):
+                    yield frame
+                elif track is not None and isinstance(frame, av.AudioFrame):
+                    track.hear(frame)
+
+
+@contextmanager
+def _damage_as_data_error() -> Iterator[None]:
     try:
-        with av.open(io.BytesIO(data), "r", options={"format_whitelist": CONTAINERS} | bounds) as container:
-            if not container.streams.video:
-                raise DataError("no picture track in the file")
-            stream = container.streams.video[0]
-            stream.codec_context.options = bounds
-            if not stream.width:
-                raise DataError(
-                    f"video without a size, or over modality.video.limit_side_pixels={config.limit_side_pixels}"
-                )
-            if max(stream.width, stream.height) > config.limit_side_pixels:
-                raise DataError(
-                    f"video of {stream.width} × {stream.height} pixels is over "
-                    f"modality.video.limit_side_pixels={config.limit_side_pixels}"
-                )
-            converter = VideoReformatter()  # one for all frames: it costs more to make than to use
-            frames = [
-                cut_patches(_square(frame, config.size_pixels, converter), config.patch_pixels)
-                for frame in _shown_at_ticks(container, config)
-            ]
+        yield
     except DataError:
         raise
     except Exception as error:  # on damaged files the decoders raise whatever their parsers met
         raise DataError(f"not a readable video file ({type(error).__name__})") from error
-    if not frames:
-        raise DataError("video without a frame")
-    patches = np.concatenate([patches for patches, _ in frames])
-    position = np.concatenate([position for _, position in frames])
-    position[:, 0] = np.repeat(np.arange(len(frames), dtype=np.int32), len(frames[0][0]))
-    return Segment(VIDEO, patches, position)
 
 
-def _shown_at_ticks(container: "av.container.InputContainer", config: VideoConfig) -> Iterator[av.VideoFrame]:
+class _SoundTrack:
+    """The sound of a video as it is decoded between the pictures; what it holds are log-mel frames."""
+
+    def __init__(self, config: AudioConfig, limit_seconds: int) -> None:
+        self._config, self._limit_seconds = config, limit_seconds
+        self._resample, self._mel = Resampler(config), LogMel(config)
+        self._blocks: list[np.ndarray] = []
+        self._start: float | None = None
+
+    def hear(self, frame: av.AudioFrame) -> None:
+        """Add a frame of sound at its time: a hole before it is silent; sound past the limit on seconds is let go."""
+        if self._start is None:
+            self._start = frame.time
+        if self._start is None:
+            return  # a track without times cannot be placed
+        rate = self._config.sample_rate
+        heard = self._mel.samples / rate
+        seconds = heard if frame.time is None else frame.time - self._start
+        if max(seconds, heard) > self._limit_seconds:
+            return
+        if seconds - heard > GAP_SECONDS:
+            self._add(np.broadcast_to(np.float32(0), round((seconds - heard) * rate)))
+        for samples_S in self._resample(frame):
+            self._add(samples_S)
+
+    def cut(self, origin: float, frames: int, frames_per_second: float) -> list[np.ndarray]:
+        """What is heard from each of `frames` pictures to the next, the first at `origin`; [] where nothing is."""
+        for samples_S in self._resample(None) if self._start is not None else ():
+            self._add(samples_S)
+        self._blocks.append(self._mel.rest().astype(np.float16))
+        sound_FM = np.concatenate(self._blocks)
+        if self._start is None or not len(sound_FM) or self._mel.loudest < SILENCE:
+            return []
+        seconds = origin - self._start + np.arange(frames + 1) / frames_per_second
+        edges = np.ceil((seconds - CLOCK_SECONDS) * 1_000 / self._config.hop_ms).clip(0, len(sound_FM)).astype(int)
+        return [sound_FM[start:stop] for start, stop in pairwise(edges)]
+
+    def _add(self, samples_S: np.ndarray) -> None:
+        self._blocks += [block.astype(np.float16) for block in self._mel.add(samples_S)]
+
+
+def _shown_at_ticks(decoded: Iterator[av.VideoFrame], config: VideoConfig) -> Iterator[av.VideoFrame]:
     """The frame on screen at each tick: the last one whose time is not after it. Times count from the first frame."""
     tick = 0
     shown: av.VideoFrame | None = None
     first = None
-    for frame in container.decode(video=0):
+    for frame in decoded:
         if frame.time is None:
             continue  # a frame without a time cannot be placed
         first = frame.time if first is None else first
         seconds = frame.time - first
         if seconds >= config.limit_seconds:
             raise DataError(f"video is longer than modality.video.limit_seconds={config.limit_seconds}")
-        # Half a millisecond: containers round their times to one.
-        while shown is not None and tick / config.frames_per_second < seconds - 5e-4:
+        while shown is not None and tick / config.frames_per_second < seconds - CLOCK_SECONDS:
             yield shown
             tick += 1
         shown = frame
     # The last frame is on screen at its own tick; how long after, few files say.
-    if shown is not None and first is not None and tick / config.frames_per_second <= shown.time - first + 5e-4:
+    if (
+        shown is not None
+        and first is not None
+        and tick / config.frames_per_second <= shown.time - first + CLOCK_SECONDS
+    ):
         yield shown
 
 
 def _square(frame: av.VideoFrame, size_pixels: int, converter: VideoReformatter) -> np.ndarray:
+    """A frame as it is shown: a square, turned and mirrored as the file says."""
     picture = Image.fromarray(converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-    return np.asarray(picture.resize((size_pixels, size_pixels), Image.Resampling.BILINEAR), dtype=np.uint8)
+    square = np.asarray(picture.resize((size_pixels, size_pixels), Image.Resampling.BILINEAR), dtype=np.uint8)
+    side_data: Any = frame.side_data  # whose stub names two of its keys
+    if "DISPLAYMATRIX" not in side_data:
+        return square
+    # Where a pixel's step to the right (a, b) and down (c, d) leads on the screen, in the nearest quarter turns.
+    a, b, _, c, d = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), np.int32)[:5].astype(float)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        square, a, d = square.transpose(1, 0, 2), c, b
+    return square[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

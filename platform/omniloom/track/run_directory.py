@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "parallel.",
     "data.loader_workers",
     "data.plans",
+    "decode.",
     "force",
     "like",
     "fork",
