@@ -255,7 +255,8 @@ BAD = {
     "minus inf": (with_sample(-math.inf), "no numbers"),
     "more than float32 holds": (with_sample(1e300, bits=64), "no numbers"),
     "all nan": (wav(np.full(RATE, math.nan), RATE, 32, is_float=True), "no numbers"),
-    "absurd rate": (wav(tone(440, 1, RATE), 2_000_000_000), "shorter than one window"),
+    "absurdly fast": (wav(tone(440, 1, RATE), 2_000_000_000), "2000000000 samples a second is outside 1000 … 1000000"),
+    "absurdly slow": (wav(tone(440, 1, RATE), 999), "999 samples a second is outside"),
 }
 
 
@@ -286,6 +287,11 @@ def test_clip_over_limit_bytes_is_refused() -> None:
     clip(WHOLE, AudioConfig(limit_bytes=len(WHOLE)))
     with pytest.raises(DataError, match=rf"{len(WHOLE)} bytes is over modality\.audio\.limit_bytes={len(WHOLE) - 1}"):
         clip(WHOLE, AudioConfig(limit_bytes=len(WHOLE) - 1))
+
+
+def test_the_fastest_and_slowest_sound_read() -> None:
+    for rate in (1_000, 999_983, 1_000_000):
+        assert abs(len(clip(wav(tone(100, 0.5, rate), rate), CONFIG).content) - 50) <= 1
 
 
 def test_clip_over_limit_seconds_is_refused() -> None:

@@ -19,6 +19,7 @@ from omniloom.modality.sequence import AUDIO, Segment
 CONTAINERS = "wav,w64,flac,mp3,ogg,aac,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
 LOG_FLOOR = 1e-10
 SILENCE = 1e-4  # of full scale, −80 dB: below the noise of any recording
+SLOWEST, FASTEST = 1_000, 1_000_000  # samples a second: a resampler from absurd ones takes gigabytes
 BLOCK_FRAMES = 1_000  # transformed together: a bound on memory
 
 
@@ -71,6 +72,8 @@ class Resampler:
         self._resampler = av.AudioResampler(format="flt", rate=config.sample_rate)
 
     def __call__(self, frame: av.AudioFrame | None) -> Iterator[np.ndarray]:
+        if frame is not None and not SLOWEST <= frame.sample_rate <= FASTEST:
+            raise DataError(f"sound of {frame.sample_rate} samples a second is outside {SLOWEST} … {FASTEST}")
         for part in self._resampler.resample(frame):
             yield part.to_ndarray().reshape(-1, part.layout.nb_channels).mean(axis=1)
 

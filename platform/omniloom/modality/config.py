@@ -1,11 +1,11 @@
 """Sizes of the media and of the vocabulary: how files become tokens."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from omniloom.errors import ConfigError, refuse_unless_one_of
 
-Resize = Literal["fixed", "native"]
+RESIZE = ("fixed", "native")
 
 
 class Widths(NamedTuple):
@@ -34,7 +34,7 @@ class ImageConfig:
 
     size_pixels: int = 224
     patch_pixels: int = 14
-    resize: Resize = "fixed"
+    resize: str = "fixed"  # or native
     limit_tokens: int = 1_024
     limit_bytes: int = 10_000_000
     limit_side_pixels: int = 8_000
@@ -118,7 +118,7 @@ class ModalityConfig:
                     f"a picture must divide into whole patches: modality.{name}.size_pixels={square.size_pixels} is no "
                     f"multiple of modality.{name}.patch_pixels={square.patch_pixels}"
                 )
-        refuse_unless_one_of("modality.image.resize", self.image.resize, get_args(Resize))
+        refuse_unless_one_of("modality.image.resize", self.image.resize, RESIZE)
         if self.image.limit_tokens < 1:
             raise ConfigError(f"modality.image.limit_tokens={self.image.limit_tokens} must be at least 1")
         audio = self.audio
