@@ -9,9 +9,12 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter
 
+from omniloom.data.manifest import read_manifest
+from omniloom.data.readers import read_documents
 from omniloom.data.samples.files import write_mp4, write_wav
 from omniloom.data.shards import Corpus, Index, SourceRecord, count_targets, file_sha256, write_shard
-from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.data.source import RawDocument, Unit
+from omniloom.data.units import list_units
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.modality.text import load_tokenizer, train_tokenizer
 
@@ -56,6 +59,12 @@ def save_lines(path: Path, *documents: list[dict[str, Any]] | str) -> Path:
     return path
 
 
+def names_of_lines(path: Path, *numbers: int) -> list[str]:
+    """What the documents of a jsonl's lines are called, counted from 1."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [f"{path}@{sum(map(len, lines[: number - 1]))}" for number in numbers]
+
+
 def make_tokenizer(folder: Path) -> None:
     """A corpus folder with a tokenizer and room for shards."""
     (folder / "shards").mkdir(parents=True, exist_ok=True)
@@ -71,9 +80,9 @@ def text_unit(*files: Path, name: str = "words-train-00000") -> Unit:
     return Unit(name, "words", "train", "text", [str(file) for file in files])
 
 
-def raw_documents(unit: Unit) -> list[Any]:
+def raw_documents(unit: Unit) -> list[RawDocument]:
     """What the unit's files hold before their media are read."""
-    return [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
+    return list(read_documents(unit))
 
 
 def build(manifest_path: Path, folder: Path, modality: ModalityConfig = TINY) -> Corpus:

@@ -20,10 +20,13 @@ from pydantic import TypeAdapter
 from conftest import REPOSITORY
 from omniloom.data.config import SPLITS, CorpusConfig
 from omniloom.data.corpus import _make_tokenizer
+from omniloom.data.manifest import read_manifest
+from omniloom.data.readers import read_documents
 from omniloom.data.samples import demo, write_samples
 from omniloom.data.samples.demo import _write_digits, _write_topics
 from omniloom.data.shards import weave_document
-from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.data.source import Unit
+from omniloom.data.units import list_units
 from omniloom.errors import ConfigError
 from omniloom.modality.audio import decode
 from omniloom.modality.config import ModalityConfig
@@ -132,7 +135,7 @@ def test_every_sample_document_can_be_used(
     seen: Counter[str] = Counter()
     sizes = configuration(kind).modality
     for unit in units_of(samples[kind]):
-        read = [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
+        read = list(read_documents(unit))
         assert read
         assert not [raw.problem for raw in read if raw.problem]
         assert all(
@@ -155,7 +158,7 @@ def test_the_demos_rows_hold_every_document_with_media(
     sizes = configuration("demo").modality
     for unit in units_of(samples["demo"]):
         if unit.format == "interleaved":
-            read = [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
+            read = list(read_documents(unit))
             largest = max(read, key=lambda raw: len(raw.segments))
             document = weave_document(largest, tokenizers["demo"], sizes, partial(read_media, config=sizes))
             assert len(document) <= experiment["data"]["seq_len"], largest.name
@@ -250,7 +253,7 @@ def media_by_split(samples: dict[str, Path]) -> dict[str, dict[str, set[Path]]]:
     """The files of each kind that any document of a split shows, over all sources of the demo."""
     found: dict[str, dict[str, set[Path]]] = {split: {} for split in ("train", "heldout")}
     for unit in units_of(samples["demo"]):
-        for raw in (raw for file in unit.files for raw in read_documents(Path(file), unit.format)):
+        for raw in read_documents(unit):
             for part in raw.segments:
                 if isinstance(part.content, Media):
                     found[unit.split].setdefault(part.kind, set()).add(part.content.content.resolve())

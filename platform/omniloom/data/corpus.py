@@ -13,6 +13,8 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from omniloom.data.config import CorpusConfig, Manifest
+from omniloom.data.manifest import read_manifest
+from omniloom.data.readers import read_documents
 from omniloom.data.samples import write_samples
 from omniloom.data.shards import (
     Corpus,
@@ -25,12 +27,14 @@ from omniloom.data.shards import (
     unit_fingerprint,
     write_shard,
 )
-from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.data.source import Unit
+from omniloom.data.units import list_units
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig, TokenizerConfig
-from omniloom.modality.text import load_tokenizer, train_tokenizer
+from omniloom.modality.text import adopt_tokenizer, load_tokenizer, train_tokenizer
 
 TOKENIZER_TRAINING_BYTES = 256 << 20  # a vocabulary learns nothing more from more text
+LEAST_SHARE_BYTES = 1 << 20  # of it, from one unit
 REJECTS_NAMED = 20
 
 
@@ -106,7 +110,7 @@ def _make_tokenizer(units: list[Unit], config: TokenizerConfig, corpus: Path) ->
     """Runs in a worker: load the named tokenizer, or train one on the training text; a finished one is kept."""
     path = corpus / "tokenizer.json"
     if config.path is not None:
-        load_tokenizer(Path(config.path)).save(path)
+        adopt_tokenizer(config.path).save(path)
     elif not _is_tokenizer(path):
         train_tokenizer(_texts(units), config.vocab_size).save(path)
 
@@ -120,18 +124,22 @@ def _is_tokenizer(path: Path) -> bool:
 
 
 def _texts(units: list[Unit]) -> Iterator[str]:
-    """Training texts of all sources, units in a fixed shuffled order so that a cut sees every source."""
+    """Training texts of all sources: as much of every unit, in a fixed shuffled order, so that none is left out."""
+    share = max(TOKENIZER_TRAINING_BYTES // max(len(units), 1), LEAST_SHARE_BYTES)
     shuffled = random.Random(0).sample(units, len(units))
     left = TOKENIZER_TRAINING_BYTES
     for unit in shuffled:
-        for file in unit.files:
-            for document in read_documents(Path(file), unit.format):
-                for segment in document.segments:
-                    if isinstance(segment.content, str):
-                        yield segment.content
-                        left -= len(segment.content)
-                if left <= 0:
-                    return
+        of_unit = share
+        for document in read_documents(unit):
+            for segment in document.segments:
+                if isinstance(segment.content, str):
+                    yield segment.content
+                    of_unit -= len(segment.content.encode())
+            if of_unit <= 0:
+                break
+        left -= share - of_unit
+        if left <= 0:
+            return
 
 
 def _write_shards(units: list[Unit], corpus: Path, modality: ModalityConfig) -> Iterator[ShardRecord]:

@@ -19,7 +19,9 @@ from cachetools import LRUCache, cached
 from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import Split
-from omniloom.data.source import RawDocument, Unit, read_documents
+from omniloom.data.readers import read_documents, unit_state
+from omniloom.data.source import RawDocument, RemoteMedia, Unit
+from omniloom.data.storage import fetch
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig, Widths
 from omniloom.modality.files import Media
@@ -99,20 +101,8 @@ def file_sha256(path: Path) -> str:
 
 def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig) -> str:
     """A hash of everything a shard depends on, media included; files count by path, size and time of change."""
-    files = [_file_state(Path(file)) for file in unit.files]
-    if unit.format != "text":
-        raws = (raw for file in unit.files for raw in read_documents(Path(file), unit.format))
-        contents = (part.content for raw in raws for part in raw.segments)
-        files += [_file_state(c.content) for c in contents if isinstance(c, Media) and isinstance(c.content, Path)]
+    files = unit_state(unit)
     return hashlib.sha256(json.dumps([asdict(unit), files, tokenizer_sha256, asdict(modality)]).encode()).hexdigest()
-
-
-def _file_state(path: Path) -> tuple[str, int, int]:
-    try:
-        state = path.stat()
-    except (OSError, ValueError):
-        return (repr(path), -1, -1)  # missing now: another fingerprint once it is there
-    return (str(path), state.st_size, state.st_mtime_ns)
 
 
 def read_record(path: Path) -> ShardRecord | None:
@@ -166,12 +156,11 @@ def _woven(
         MEDIA_KEPT_BYTES, getsizeof=lambda held: sum(s.content.nbytes for s in held)
     )
     read = cached(kept)(partial(read_media, config=modality))
-    for file in unit.files:
-        for raw in read_documents(Path(file), unit.format):
-            try:
-                yield raw.name, weave_document(raw, tokenizer, modality, read)
-            except DataError as error:
-                rejects.append(Reject(raw.name, str(error)))
+    for raw in read_documents(unit):
+        try:
+            yield raw.name, weave_document(raw, tokenizer, modality, read)
+        except DataError as error:
+            rejects.append(Reject(raw.name, str(error)))
 
 
 def weave_document(
@@ -182,10 +171,14 @@ def weave_document(
         raise DataError(raw.problem)
     segments: list[Segment] = []
     for part in raw.segments:
-        if isinstance(part.content, Media):
-            segments += read(part.kind, part.content)
-        else:
+        if isinstance(part.content, str):
             segments.append(tokenizer.segment(part.content, part.is_target))
+            continue
+        medium = part.content
+        if isinstance(medium, RemoteMedia):
+            limit = getattr(modality, part.kind).limit_bytes
+            medium = fetch(medium, limit, f"modality.{part.kind}.limit_bytes")
+        segments += read(part.kind, medium)
     return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.widths)
 
 
