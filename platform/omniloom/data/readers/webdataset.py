@@ -77,9 +77,15 @@ def read_samples(file: str, reading: Reading) -> Iterator[tuple[str, dict[str, A
     def keep_first(error: Exception) -> bool:
         return True  # two members of one name
 
-    with open_file(file) as stream, tarfile.open(fileobj=stream, mode="r", tarinfo=StrictTarInfo) as archive:
+    with open_file(file) as stream, tarfile.open(None, _mode(file), stream, tarinfo=StrictTarInfo) as archive:
         for sample in group_by_keys(members(archive), handler=keep_first):
             yield sample.pop("__key__"), {name: data for name, data in sample.items() if name != "__url__"}
+
+
+def _mode(file: str) -> Any:
+    """How a tar is packed, by its name."""
+    packing = {"gz": "gz", "tgz": "gz", "bz2": "bz2", "xz": "xz"}
+    return f"r:{packing.get(file.lower().rpartition('.')[2], '')}"
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
