@@ -188,7 +188,7 @@ def test_a_bad_corpus_leaves_nothing_that_a_repeat_trips_over(tmp_path: Path) ->
     failed = omniloom(*words, folder=tmp_path)
     assert failed.returncode == 1
     assert "1 of 1 documents cannot be used" in failed.stderr
-    assert "documents.jsonl:1" in failed.stderr
+    assert "documents.jsonl@0" in failed.stderr
     assert not (tmp_path / "corpus" / "index.json").exists()
 
     Image.new("RGB", (20, 20), "red").save(tmp_path / "broken.png")
@@ -207,7 +207,7 @@ def test_bad_media_within_the_limit_are_named_and_over_it_fail_the_job(tmp_path:
     write_wav(tmp_path / "silent.wav", np.zeros(3_200), 16_000)
     write_mp4(tmp_path / "film.mp4", np.zeros((4, 16, 16, 3), np.uint8), 4)
     media = [{"audio": "silent.wav"}, {"video": "film.mp4"}, {"video": "nowhere.mp4"}, {"text": "plain"}]
-    lines = (json.dumps({"segments": [medium, {"text": " seven"}]}) + "\n" for medium in media)
+    lines = [json.dumps({"segments": [medium, {"text": " seven"}]}) + "\n" for medium in media]
     (tmp_path / "documents.jsonl").write_text("".join(lines))
     (tmp_path / "manifest.yaml").write_text("sources: {a: {format: interleaved, train: [documents.jsonl]}}")
     words = ("tokenize", "manifest=manifest.yaml", "corpus=corpus", "tokenizer.vocab_size=300")
@@ -215,13 +215,13 @@ def test_bad_media_within_the_limit_are_named_and_over_it_fail_the_job(tmp_path:
     failed = omniloom(*words, *sizes, "max_reject_share=0.49", folder=tmp_path)
     assert failed.returncode == 1
     assert "2 of 4 documents cannot be used, 50.00%, over max_reject_share=49.00%" in failed.stderr
-    assert "documents.jsonl:1: silent clip" in failed.stderr
-    assert "documents.jsonl:3: cannot read" in failed.stderr
+    assert "documents.jsonl@0: silent clip" in failed.stderr
+    assert f"documents.jsonl@{len(lines[0] + lines[1])}: cannot read" in failed.stderr
     assert not (tmp_path / "corpus" / "index.json").exists()
     passed = omniloom(*words, *sizes, "max_reject_share=0.5", folder=tmp_path)
     assert passed.returncode == 0, passed.stderr
     assert "2 skipped" in passed.stdout
-    assert "documents.jsonl:1: silent clip" in passed.stdout
+    assert "documents.jsonl@0: silent clip" in passed.stdout
     deaf = omniloom("train", "corpus=corpus", "train.steps=200", "model.video_patch_pixels=null", folder=tmp_path)
     assert deaf.returncode == 1
     assert "tokens of video and the model has no encoder for it: set model.video_patch_pixels=8" in deaf.stderr

@@ -183,7 +183,8 @@ def test_a_suite_is_sound_and_gives_every_task_its_files(suite: str) -> None:
 
 def test_the_demos_suite_reads_files_held_out_by_the_demos_samples(demo_files: Path) -> None:
     """Every file or glob is there, and none of them is a training file of the manifest."""
-    from omniloom.data.source import list_units, read_manifest
+    from omniloom.data.manifest import read_manifest
+    from omniloom.data.units import list_units
 
     units = list_units(read_manifest(demo_files / "manifest.yaml"), demo_files)
     trained = {file for unit in units if unit.split == "train" for file in unit.files}

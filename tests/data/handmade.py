@@ -8,13 +8,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from omniloom.data.config import DecodeConfig
 from omniloom.data.corpus import Corpus
+from omniloom.data.index import ShardRecord
+from omniloom.data.manifest import read_manifest
+from omniloom.data.readers import read_documents
 from omniloom.data.samples.files import write_mp4, write_wav
-from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.data.source import RawDocument, Unit
 from omniloom.data.tables import write_index
-from omniloom.data.write import write_shard
+from omniloom.data.units import list_units
+from omniloom.data.write import write_shard as write_shard_within
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
-from omniloom.modality.text import train_tokenizer
+from omniloom.modality.media import read_media
+from omniloom.modality.sequence import Document, Segment, weave
+from omniloom.modality.text import TextTokenizer, train_tokenizer
 
 # A picture is 4 tokens of 12 values, a clip of 1/20 s 5 frames of 4 bands in 3 tokens, a video of 1 s 2 times 4 tokens.
 TINY = ModalityConfig(
@@ -57,6 +64,12 @@ def save_lines(path: Path, *documents: list[dict[str, Any]] | str) -> Path:
     return path
 
 
+def names_of_lines(path: Path, *numbers: int) -> list[str]:
+    """What the documents of a jsonl's lines are called, counted from 1."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [f"{path}@{sum(map(len, lines[: number - 1]))}" for number in numbers]
+
+
 def make_tokenizer(folder: Path) -> None:
     """A corpus folder with a tokenizer and room for shards."""
     (folder / "shards").mkdir(parents=True, exist_ok=True)
@@ -72,9 +85,26 @@ def text_unit(*files: Path, name: str = "words-train-00000") -> Unit:
     return Unit(name, "words", "train", "text", [str(file) for file in files])
 
 
-def raw_documents(unit: Unit) -> list[Any]:
+def raw_documents(unit: Unit) -> list[RawDocument]:
     """What the unit's files hold before their media are read."""
-    return [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
+    return list(read_documents(unit))
+
+
+def weave_document(raw: RawDocument, tokenizer: TextTokenizer, modality: ModalityConfig) -> Document:
+    """A document by itself, its media read in this process: what a shard's documents are held against."""
+    assert raw.problem is None
+    segments: list[Segment] = []
+    for part in raw.segments:
+        if isinstance(part.content, str):
+            segments.append(tokenizer.segment(part.content, part.is_target))
+        else:
+            segments += read_media(part.kind, part.content, modality)
+    return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.widths)
+
+
+def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig) -> ShardRecord:
+    """As the tokenize job does it, within its usual limits."""
+    return write_shard_within(unit, corpus, modality, DecodeConfig())
 
 
 def build(manifest_path: Path, folder: Path, modality: ModalityConfig = TINY) -> Corpus:

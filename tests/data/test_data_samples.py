@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from handmade import weave_document
 from PIL import Image
 from pydantic import TypeAdapter
 
 from conftest import REPOSITORY
+from omniloom.data.build import _make_tokenizer
 from omniloom.data.config import SPLITS, CorpusConfig
-from omniloom.data.corpus import _make_tokenizer
+from omniloom.data.manifest import read_manifest
+from omniloom.data.readers import read_documents
 from omniloom.data.samples import demo, write_samples
 from omniloom.data.samples.demo import _write_digits, _write_topics
-from omniloom.data.shards import weave_document
-from omniloom.data.source import Unit, list_units, read_documents, read_manifest
+from omniloom.data.source import Unit
+from omniloom.data.units import list_units
 from omniloom.errors import ConfigError
-from omniloom.modality.audio import decode
+from omniloom.modality.audio import decode_sound
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.files import Media
 from omniloom.modality.media import read_media
@@ -132,14 +134,14 @@ def test_every_sample_document_can_be_used(
     seen: Counter[str] = Counter()
     sizes = configuration(kind).modality
     for unit in units_of(samples[kind]):
-        read = [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
+        read = list(read_documents(unit))
         assert read
         assert not [raw.problem for raw in read if raw.problem]
         assert all(
             part.content.content.is_file() for raw in read for part in raw.segments if isinstance(part.content, Media)
         )
         for raw in read[:: max(1, len(read) // 5)]:
-            document = weave_document(raw, tokenizers[kind], sizes, partial(read_media, config=sizes))
+            document = weave_document(raw, tokenizers[kind], sizes)
             assert document.loss_mask.any()
             present = {MODALITIES[number] for number in np.unique(document.modality)}
             assert present == {"text"} | {part.kind for part in raw.segments}
@@ -155,9 +157,9 @@ def test_the_demos_rows_hold_every_document_with_media(
     sizes = configuration("demo").modality
     for unit in units_of(samples["demo"]):
         if unit.format == "interleaved":
-            read = [raw for file in unit.files for raw in read_documents(Path(file), unit.format)]
+            read = list(read_documents(unit))
             largest = max(read, key=lambda raw: len(raw.segments))
-            document = weave_document(largest, tokenizers["demo"], sizes, partial(read_media, config=sizes))
+            document = weave_document(largest, tokenizers["demo"], sizes)
             assert len(document) <= experiment["data"]["seq_len"], largest.name
 
 
@@ -250,7 +252,7 @@ def media_by_split(samples: dict[str, Path]) -> dict[str, dict[str, set[Path]]]:
     """The files of each kind that any document of a split shows, over all sources of the demo."""
     found: dict[str, dict[str, set[Path]]] = {split: {} for split in ("train", "heldout")}
     for unit in units_of(samples["demo"]):
-        for raw in (raw for file in unit.files for raw in read_documents(Path(file), unit.format)):
+        for raw in read_documents(unit):
             for part in raw.segments:
                 if isinstance(part.content, Media):
                     found[unit.split].setdefault(part.kind, set()).add(part.content.content.resolve())
@@ -317,7 +319,7 @@ def test_wavs_are_audible_and_different(samples: dict[str, Path]) -> None:
     sizes = configuration("demo").modality
     files = sorted((samples["demo"] / "speech" / "wav").iterdir())
     for file in files[::40]:
-        samples_S = decode(file.read_bytes(), sizes.audio)
+        samples_S = np.concatenate(list(decode_sound(Media(file.name, file), sizes.audio)))
         assert 0.05 < len(samples_S) / sizes.audio.sample_rate < 3
         assert np.abs(samples_S).max() > 0.01
         assert read_media("audio", Media(file.name, file), sizes)[0].content.shape[1] == sizes.audio.mels

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tracemalloc
-from functools import partial
+from concurrent.futures import Future
 from pathlib import Path
 
 import av
@@ -16,21 +16,25 @@ from handmade import (
     build,
     interleaved_unit,
     make_tokenizer,
+    names_of_lines,
     raw_documents,
     save_clip,
     save_lines,
     save_picture,
     save_video,
     text_unit,
+    weave_document,
+    write_shard,
 )
 from PIL import Image
 
 from omniloom.data.corpus import Corpus, CorpusSplit, Documents
+from omniloom.data.decode import Decoders
 from omniloom.data.index import LENGTH, ShardRecord, file_sha256
 from omniloom.data.samples import write_samples
 from omniloom.data.shards import DOCUMENTS_PER_BATCH, Shard
 from omniloom.data.source import Unit
-from omniloom.data.write import tables_path, unit_fingerprint, weave_document, write_shard
+from omniloom.data.write import tables_path, unit_fingerprint
 from omniloom.errors import DataError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.modality.files import Media
@@ -49,7 +53,7 @@ def same(left: Document, right: Document) -> bool:
 
 def woven(unit: Unit, corpus: Path) -> list[Document]:
     tokenizer = load_tokenizer(corpus / "tokenizer.json")
-    return [weave_document(raw, tokenizer, TINY, partial(read_media, config=TINY)) for raw in raw_documents(unit)]
+    return [weave_document(raw, tokenizer, TINY) for raw in raw_documents(unit)]
 
 
 def tables_of(corpus: Path, record: ShardRecord) -> dict[str, np.ndarray]:
@@ -104,11 +108,12 @@ def test_a_medium_shown_again_is_read_once_and_a_changed_one_anew(
 ) -> None:
     read = []
 
-    def noted(kind: str, media: Media, config: ModalityConfig) -> list[Segment]:
+    def noted(decoders: Decoders, kind: str, media: Media) -> "Future[list[Segment]]":
         read.append(media.name)
-        return read_media(kind, media, config)
+        return submit(decoders, kind, media)
 
-    monkeypatch.setattr("omniloom.data.write.read_media", noted)
+    submit = Decoders.submit
+    monkeypatch.setattr(Decoders, "submit", noted)
     for number in (0, 1):
         save_picture(tmp_path / f"{number}.png", number)
     documents = [[{"text": str(i)}, {"image": f"{i % 2}.png"}] for i in range(6)]
@@ -309,12 +314,12 @@ def test_unreadable_and_missing_pictures_are_rejected_with_file_and_reason(corpu
     lines = save_lines(tmp_path / "a.jsonl", *documents, "{", [{"txt": "a"}])
     record = write_shard(interleaved_unit(lines), corpus, TINY)
     assert record.documents == 1
-    assert [reject.name for reject in record.rejects] == [f"{lines}:{number}" for number in (2, 3, 4, 5, 6)]
+    assert [reject.name for reject in record.rejects] == names_of_lines(lines, 2, 3, 4, 5, 6)
     said = [reject.reason for reject in record.rejects]
     assert "damaged picture" in said[0]
     assert "not a readable JPEG, PNG, GIF, WEBP picture" in said[1]
     assert f"cannot read {tmp_path / 'missing.png'}: No such file" in said[2]
-    assert "JSONDecodeError" in said[3]
+    assert "not JSON" in said[3]
     assert "did you mean 'text'?" in said[4]
 
 
@@ -349,7 +354,7 @@ def bad_media(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
         "shorter than a window": ({"audio": "short.wav"}, "clip of 320 samples is shorter than one window of 400"),
         "text for sound": ({"audio": "text.wav"}, "not a readable sound file"),
         "sound for a film": ({"video": "clip.wav"}, ""),
-        "film for sound": ({"audio": "film.mp4"}, "not a readable sound file"),
+        "film for sound": ({"audio": "film.mp4"}, "no sound in the file"),
         "film for a picture": ({"image": "film.mp4"}, "not a readable JPEG, PNG, GIF, WEBP picture"),
         "no frame": ({"video": "no frame.mp4"}, ""),
         "cut film": ({"video": "cut.mp4"}, "not a readable video file"),
@@ -370,7 +375,7 @@ def test_bad_media_are_skipped_counted_and_named(corpus: Path, tmp_path: Path) -
     record = write_shard(interleaved_unit(lines), corpus, TINY)
     assert record.documents == 2
     assert record.media_tokens == {"image": 0, "audio": 6, "video": 16}
-    assert [reject.name for reject in record.rejects] == [f"{lines}:{number + 2}" for number in range(len(bad))]
+    assert [reject.name for reject in record.rejects] == names_of_lines(lines, *range(2, len(bad) + 2))
     for (name, (_, reason)), reject in zip(bad.items(), record.rejects, strict=True):
         assert reason in reject.reason, name
         assert reject.reason, name
@@ -516,7 +521,7 @@ def test_a_corpus_that_opens_twice_has_one_hash_and_names_its_rejects(tmp_path: 
     manifest.write_text(f"sources: {{pictures: {{format: interleaved, train: [{lines.name}]}}}}")
     corpus = build(manifest, tmp_path / "corpus")
     assert Corpus(corpus.folder).sha256 == corpus.sha256
-    assert [reject.name for reject in Corpus(corpus.folder).rejects()] == [f"{lines}:{number}" for number in (2, 3, 4)]
+    assert [reject.name for reject in Corpus(corpus.folder).rejects()] == names_of_lines(lines, 2, 3, 4)
     assert corpus.index.sources[0].train.rejects == 3
 
 

@@ -11,7 +11,10 @@ import pytest
 from handmade import save_lines
 
 from omniloom.data.config import CorpusConfig, DataConfig, Manifest, PhaseConfig, SourceSpec
-from omniloom.data.source import UNIT_BYTES, RawDocument, RawSegment, list_units, read_documents, read_manifest
+from omniloom.data.manifest import read_manifest
+from omniloom.data.readers import read_documents
+from omniloom.data.source import RawDocument, RawSegment, Unit
+from omniloom.data.units import LEAST_UNIT_BYTES, list_units
 from omniloom.errors import ConfigError, DataError
 from omniloom.modality.files import Media
 
@@ -37,7 +40,11 @@ def source(**keys: Any) -> str:
 
 
 def documents(folder: Path, *lines: Any) -> list[RawDocument]:
-    return list(read_documents(save_lines(folder / "lines.jsonl", *lines), "interleaved"))
+    return read(save_lines(folder / "lines.jsonl", *lines), "interleaved")
+
+
+def read(file: Path, format: str) -> list[RawDocument]:
+    return list(read_documents(Unit("a-train-00000", "a", "train", format, [str(file)])))
 
 
 def test_a_manifest_reads_to_its_sources_in_order(tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_a_missing_manifest_is_named_with_its_neighbour(tmp_path: Path) -> None:
         ("source: {}\nsources: {}", "unknown key source; did you mean 'sources'?"),
         (source(trian=["*.txt"]), "unknown key sources.words.trian; did you mean 'train'?"),
         (source(wieght=1), "unknown key sources.words.wieght; did you mean 'weight'?"),
-        (source(zzz=1), "unknown key sources.words.zzz; valid: format, heldout, loss_weight, train, weight"),
+        (source(zzz=1), "unknown key sources.words.zzz; valid: audio_key, format, heldout, image_key"),
         (source(format="txt"), "sources.words.format"),
         (source(train="*.txt"), "sources.words.train"),
         (source(train=[1]), "sources.words.train.0"),
@@ -84,6 +91,8 @@ def test_a_missing_manifest_is_named_with_its_neighbour(tmp_path: Path) -> None:
         (source(weight=None), "sources.words.weight"),
         (source(weight=-0.1), "weights of source words must not be negative"),
         (source(loss_weight=-1), "weights of source words must not be negative"),
+        (source(txt_key="a"), "unknown key sources.words.txt_key; did you mean 'text_key'?"),
+        (source(limit_document_bytes=0), "limit_document_bytes of source words must be at least 1"),
     ],
 )
 def test_a_wrong_manifest_is_refused_with_the_reason(content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -135,8 +144,8 @@ def test_units_name_their_files_in_order_whatever_the_order_of_writing(tmp_path:
 
 def test_text_files_are_gathered_up_to_the_units_size(tmp_path: Path) -> None:
     for number in range(4):
-        (tmp_path / f"{number}.txt").write_bytes(b"a" * (UNIT_BYTES // 2))
-    (tmp_path / "4.txt").write_bytes(b"a" * (UNIT_BYTES * 2))
+        (tmp_path / f"{number}.txt").write_bytes(b"a" * (LEAST_UNIT_BYTES // 2))
+    (tmp_path / "4.txt").write_bytes(b"a" * (LEAST_UNIT_BYTES * 2))
     units = list_units(Manifest({"words": SourceSpec("text", ["*.txt"])}), tmp_path)
     assert [[Path(file).name for file in unit.files] for unit in units] == [
         ["0.txt", "1.txt"],
@@ -171,7 +180,7 @@ def test_a_pattern_that_names_no_file_is_refused(pattern: str, split: str, tmp_p
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("Two lines,\nnaïve 猫.\n", encoding="utf-8")
-    (document,) = read_documents(path, "text")
+    (document,) = read(path, "text")
     assert document.problem is None
     assert document.segments == [RawSegment("text", "Two lines,\nnaïve 猫.\n", is_target=True)]
 
@@ -182,7 +191,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 def test_an_unusable_text_file_says_why(content: bytes, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    (document,) = read_documents(path, "text")
+    (document,) = read(path, "text")
     assert (document.name, document.problem, document.segments) == (str(path), problem, [])
 
 
@@ -196,7 +205,8 @@ def test_an_interleaved_line_is_a_document(tmp_path: Path) -> None:
     ]
     read = documents(tmp_path, first, "", "  ", [{"text": "plain"}])
     assert [document.problem for document in read] == [None, None]
-    assert [document.name.rpartition(":")[2] for document in read] == ["1", "4"]
+    first_line = len(json.dumps({"segments": first})) + 1
+    assert [document.name.rpartition("@")[2] for document in read] == ["0", str(first_line + 4)]
     assert read[0].segments == [
         RawSegment("image", Media("png/1.png", tmp_path / "png" / "1.png"), is_target=False),
         RawSegment("audio", Media("wav/1.wav", tmp_path / "wav" / "1.wav"), is_target=False),
@@ -249,7 +259,7 @@ def test_a_wrong_interleaved_line_gives_a_problem(line: str, tmp_path: Path) -> 
     read = documents(tmp_path, [{"text": "before"}], line, [{"text": "after"}])
     assert [document.problem is None for document in read] == [True, False, True]
     assert read[1].segments == []
-    assert read[1].name.endswith("lines.jsonl:2")
+    assert read[1].name.endswith("lines.jsonl@35")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +281,7 @@ def test_a_medium_as_target_and_two_contents_in_one_segment_say_so(kind: str, tm
 def test_a_line_that_is_not_utf_8_gives_a_short_problem(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"segments": [{"text": "\xff' + b"a" * 100_000 + b'"}]}\n')
-    (document,) = read_documents(path, "interleaved")
+    (document,) = read(path, "interleaved")
     assert document.problem is not None
     assert len(document.problem) < 1_000
 

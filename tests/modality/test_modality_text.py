@@ -3,16 +3,27 @@
 import json
 import string
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from omniloom.errors import ConfigError, DataError
+from omniloom.modality.config import TokenizerConfig
 from omniloom.modality.sequence import TEXT
-from omniloom.modality.text import BOS, EOS, SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from omniloom.modality.text import (
+    BOS,
+    EOS,
+    SPECIAL_TOKENS,
+    TextTokenizer,
+    adopt_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 LINES = [
     "The cat sat on the mat, and the cat was fat.",
@@ -179,6 +190,114 @@ def test_a_foreign_tokenizers_truncation_and_padding_do_not_touch_a_document(tmp
     foreign.save(str(path))
     text = "the cat sat on the mat and was fat"
     assert load_tokenizer(path).encode(text).tolist() == TRAINED.encode(text).tolist()
+
+
+@quiet
+@given(st.lists(texts, max_size=8))
+def test_a_batch_is_encoded_as_its_texts_one_by_one(batch: list[str]) -> None:
+    encoded = TRAINED.encode_batch(batch)
+    assert [ids.tolist() for ids in encoded] == [TRAINED.encode(text).tolist() for text in batch]
+    assert all(ids.dtype == np.int32 for ids in encoded)
+
+
+def test_256k_ids_may_be_asked_for() -> None:
+    tokenizer = train_tokenizer(iter(LINES * 5), TokenizerConfig(vocab_size=262_144).vocab_size)
+    assert 261 < tokenizer.vocab_size < 1_000  # there are no more merges in so little text
+
+
+def word_level(path: Path, vocabulary: dict[str, int]) -> Path:
+    """Another tool's tokenizer of whole words."""
+    foreign = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    foreign.pre_tokenizer = pre_tokenizers.Whitespace()
+    foreign.save(str(path))
+    return path
+
+
+def test_an_adopted_tokenizer_keeps_its_ids_and_gets_ours_behind_them(tmp_path: Path) -> None:
+    word_level(tmp_path / "tokenizer.json", {"a": 0, "b": 1, "<s>": 2, "</s>": 3})
+    for path in (tmp_path / "tokenizer.json", tmp_path):
+        adopted = adopt_tokenizer(str(path))
+        assert (adopted.bos_id, adopted.eos_id, adopted.placeholder_ids) == (4, 5, (5, 6, 7, 8))
+        assert (adopted.vocab_size, adopted.encode("b a b").tolist()) == (9, [1, 0, 1])
+    adopted.save(tmp_path / "corpus.json")
+    loaded = load_tokenizer(tmp_path / "corpus.json")
+    assert (loaded.bos_id, loaded.vocab_size, loaded.encode("b a").tolist()) == (4, 9, [1, 0])
+
+
+def test_adopting_ours_changes_nothing(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "tokenizer.json")
+    adopt_tokenizer(str(tmp_path)).save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_a_special_token_that_a_vocabulary_has_as_a_word_keeps_its_id(tmp_path: Path) -> None:
+    adopted = adopt_tokenizer(str(word_level(tmp_path / "a.json", {"a": 0, "<|eos|>": 1, "b": 2})))
+    assert (adopted.bos_id, adopted.eos_id, adopted.placeholder_ids[1:]) == (3, 1, (4, 5, 6))
+
+
+def test_a_vocabulary_with_holes_that_an_added_id_would_meet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has holes or shares ids: no token can be added"):
+        adopt_tokenizer(str(word_level(tmp_path / "a.json", {"a": 0, "b": 5, "c": 2})))
+
+
+def test_a_tokenizer_is_read_by_url(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "tokenizer.json")
+    fsspec.filesystem("memory").pipe("/hub/tokenizer.json", (tmp_path / "tokenizer.json").read_bytes())
+    assert adopt_tokenizer("memory://hub/tokenizer.json").encode(LINES[1]).tolist() == TRAINED.encode(LINES[1]).tolist()
+    with pytest.raises(DataError, match=r"no tokenizer at memory://hub/none.json: FileNotFoundError"):
+        adopt_tokenizer("memory://hub/none.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"no tokenizer in .*one \*vocab.json and one \*merges.txt \(it holds 0 and 0\)"),
+        ({"vocab.json": "{}"}, r"it holds 1 and 0"),
+        ({"vocab.json": "{}", "a_vocab.json": "{}", "merges.txt": ""}, r"it holds 2 and 1"),
+        ({"vocab.json": "[", "merges.txt": "#version: 0.2\n"}, "are no vocabulary of GPT-2's kind"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\na b\n"}, "are no vocabulary of GPT-2's kind"),
+        ({"tokenizer.json": "{}"}, r"tokenizer.json is not a tokenizer.json"),
+    ],
+    ids=range(6),
+)
+def test_a_folder_without_a_tokenizer_is_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        adopt_tokenizer(str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def gpt2(real_data: Path) -> tuple[TextTokenizer, Any]:
+    """GPT-2's vocabulary as we read it, and as transformers does."""
+    from transformers import GPT2TokenizerFast
+
+    folder = real_data / "tokenizer" / "gpt2"
+    theirs = GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    return adopt_tokenizer(str(folder)), theirs
+
+
+def test_gpt2s_ids_are_transformers_on_real_text(gpt2: tuple[TextTokenizer, Any], real_data: Path) -> None:
+    ours, theirs = gpt2
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (50_262, 50_257, 50_258)
+    assert ours.encode("Hello world").tolist() == [15_496, 995]
+    for file in (real_data / "text" / "tinyshakespeare.txt", *sorted((real_data / "text" / "gutenberg").glob("*.txt"))):
+        text = file.read_text(encoding="utf-8")[:200_000]
+        assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+        assert ours.decode(ours.encode(text)) == text
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts)
+def test_gpt2s_ids_are_transformers_on_any_text(gpt2: tuple[TextTokenizer, Any], text: str) -> None:
+    ours, theirs = gpt2
+    assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+
+
+def test_gpt2s_own_end_is_text_when_typed_and_left_out_when_decoded(gpt2: tuple[TextTokenizer, Any]) -> None:
+    ours, _ = gpt2
+    assert 50_256 not in ours.encode("a<|endoftext|>b").tolist()
+    assert ours.decode([50_256, *ours.encode("a cat"), 50_256]) == "a cat"
 
 
 def test_real_texts_come_back_whole(real_data: Path) -> None:

@@ -96,7 +96,9 @@ def test_muon_passes_where_it_learns(zero_stage, clipping):
 def index_of(image=0, audio=0, video=0, modality=None) -> Index:
     """A corpus with so many tokens of each medium, over two shards."""
     tokens = [{"image": image, "audio": audio, "video": video}, {"image": 0, "audio": 0, "video": 0}]
-    sources = [SourceRecord(f"s{n}", 1.0, 1.0, SplitRecord(1, 0, 1, 100, media)) for n, media in enumerate(tokens)]
+    sources = [
+        SourceRecord(f"s{n}", 1.0, 1.0, "text", SplitRecord(1, 0, 1, 100, media)) for n, media in enumerate(tokens)
+    ]
     return Index(300, modality or ModalityConfig(), sources, {})
 
 

@@ -15,16 +15,20 @@ from tqdm import tqdm
 
 from omniloom.data.config import SPLITS, CorpusConfig, Manifest
 from omniloom.data.corpus import INDEX, REJECTS, TOKENIZER, Corpus
-from omniloom.data.index import Reject, ShardRecord
+from omniloom.data.index import Reject, ShardRecord, SourceRecord
+from omniloom.data.manifest import read_manifest
+from omniloom.data.readers import read_documents
 from omniloom.data.samples import write_samples
-from omniloom.data.source import Unit, list_units, read_documents, read_manifest
-from omniloom.data.tables import write_index
+from omniloom.data.source import Unit
+from omniloom.data.tables import source_record, write_index
+from omniloom.data.units import list_units
 from omniloom.data.write import unit_fingerprint, write_shard
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig, TokenizerConfig
-from omniloom.modality.text import load_tokenizer, train_tokenizer
+from omniloom.modality.text import adopt_tokenizer, load_tokenizer, train_tokenizer
 
 TOKENIZER_TRAINING_BYTES = 256 << 20  # a vocabulary learns nothing more from more text
+LEAST_SHARE_BYTES = 1 << 20  # of it, from one unit
 REJECTS_NAMED = 20
 
 
@@ -60,7 +64,7 @@ def build_corpus(config: CorpusConfig) -> Corpus:
 
     train_units = [unit for unit in units if unit.split == "train"]
     ray.get(ray.remote(_make_tokenizer).options(num_cpus=1).remote(train_units, config.tokenizer, corpus))
-    records = list(_write_shards(units, corpus, config.modality))
+    records = list(_write_shards(units, corpus, config))
     _refuse_too_many_rejects(records, config.max_reject_share)
     ray.get(ray.remote(write_index).options(num_cpus=1).remote(corpus, manifest, records, config.modality))
     return Corpus(corpus)
@@ -77,8 +81,8 @@ def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], modalit
         for split in SPLITS
         for shard in corpus.shard_table(split).to_pylist()
     }
-    weighed = {source.name: (source.weight, source.loss_weight) for source in corpus.index.sources}
-    if wanted != built or weighed != {name: (spec.weight, spec.loss_weight) for name, spec in manifest.sources.items()}:
+    weighed = [SourceRecord(s.name, s.weight, s.loss_weight, s.format) for s in corpus.index.sources]
+    if wanted != built or weighed != [source_record(name, spec) for name, spec in manifest.sources.items()]:
         changed = sorted(name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name))
         raise DataError(
             f"{folder} holds a corpus of other input (its hash {corpus.sha256[:12]}; "
@@ -92,7 +96,7 @@ def _make_tokenizer(units: list[Unit], config: TokenizerConfig, corpus: Path) ->
     """Runs in a worker: load the named tokenizer, or train one on the training text; a finished one is kept."""
     path = corpus / "tokenizer.json"
     if config.path is not None:
-        load_tokenizer(Path(config.path)).save(path)
+        adopt_tokenizer(config.path).save(path)
     elif not _is_tokenizer(path):
         train_tokenizer(_texts(units), config.vocab_size).save(path)
 
@@ -106,21 +110,25 @@ def _is_tokenizer(path: Path) -> bool:
 
 
 def _texts(units: list[Unit]) -> Iterator[str]:
-    """Training texts of all sources, units in a fixed shuffled order so that a cut sees every source."""
+    """Training texts of all sources: as much of every unit, in a fixed shuffled order, so that none is left out."""
+    share = max(TOKENIZER_TRAINING_BYTES // max(len(units), 1), LEAST_SHARE_BYTES)
     shuffled = random.Random(0).sample(units, len(units))
     left = TOKENIZER_TRAINING_BYTES
     for unit in shuffled:
-        for file in unit.files:
-            for document in read_documents(Path(file), unit.format):
-                for segment in document.segments:
-                    if isinstance(segment.content, str):
-                        yield segment.content
-                        left -= len(segment.content)
-                if left <= 0:
-                    return
+        of_unit = share
+        for document in read_documents(unit):
+            for segment in document.segments:
+                if isinstance(segment.content, str):
+                    yield segment.content
+                    of_unit -= len(segment.content.encode())
+            if of_unit <= 0:
+                break
+        left -= share - of_unit
+        if left <= 0:
+            return
 
 
-def _write_shards(units: list[Unit], corpus: Path, modality: ModalityConfig) -> Iterator[ShardRecord]:
+def _write_shards(units: list[Unit], corpus: Path, config: CorpusConfig) -> Iterator[ShardRecord]:
     """One Ray Data task per unit; the records come back in the units' order whatever finished first."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the bar below says it all
     context = ray.data.DataContext.get_current()
@@ -130,7 +138,7 @@ def _write_shards(units: list[Unit], corpus: Path, modality: ModalityConfig) -> 
 
     def shard(row: dict[str, Any]) -> dict[str, Any]:
         unit = TypeAdapter(Unit).validate_json(row["unit"])
-        return {"record": TypeAdapter(ShardRecord).dump_json(write_shard(unit, corpus, modality))}
+        return {"record": TypeAdapter(ShardRecord).dump_json(write_shard(unit, corpus, config.modality, config.decode))}
 
     # As JSON: Arrow would give the rows' nested lists back as arrays.
     rows = [{"unit": TypeAdapter(Unit).dump_json(unit)} for unit in units]

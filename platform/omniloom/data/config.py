@@ -13,11 +13,25 @@ LONG_DOCUMENTS = ("segment", "window")
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
-@dataclass
-class SourceSpec:
-    """One source of a manifest: glob patterns relative to the manifest's folder, and its two weights."""
+Format = Literal["text", "jsonl", "parquet", "webdataset", "folder", "chat", "preference", "interleaved"]
 
-    format: Literal["text", "interleaved"]
+
+@dataclass(kw_only=True)
+class Reading:
+    """How a source's files are read: which keys or columns hold what, and how large a document may be."""
+
+    text_key: str | None = None  # None: the first of text, caption, transcript, transcription, sentence
+    image_key: str = "image"  # columns of a Parquet file
+    audio_key: str = "audio"
+    video_key: str = "video"
+    limit_document_bytes: int = 64 << 20  # as it stands in its file: a line, a row, the members of a tar's sample
+
+
+@dataclass
+class SourceSpec(Reading):
+    """One source of a manifest: glob patterns relative to the manifest's folder, or URLs, and its two weights."""
+
+    format: Format
     train: list[str]
     heldout: list[str] = field(default_factory=list)
     weight: float = 1.0  # share of the training tokens, relative to the other sources

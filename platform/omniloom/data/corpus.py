@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import SPLITS, Split
-from omniloom.data.index import LENGTH, Index, Reject, SplitRecord, file_sha256
+from omniloom.data.index import LENGTH, PREFERENCE, Index, Reject, SplitRecord, file_sha256
 from omniloom.data.shards import Shard
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig
@@ -159,6 +159,7 @@ class Documents:
                 self._place_S.append(place)
                 place += held.documents
         self.first_S = np.cumsum([0, *(record.documents for record in records)])
+        self.is_streamed_S = np.array([s.format != PREFERENCE for corpus in corpora for s in corpus.index.sources])
         self.tokens_S = np.array([record.tokens for record in records])
 
     def __reduce__(self) -> tuple[type["Documents"], tuple[Any, ...]]:

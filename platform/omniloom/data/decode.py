@@ -65,7 +65,7 @@ class Decoders:
         decode: DecodeFunction = decode_media,
     ) -> None:
         self.settings = (config, limits, spool)
-        self._config, self._limits = config, limits
+        self.config, self._limits = config, limits
         self._spool = spool
         self._children = [_Child(config, limits, decode) for _ in range(workers)]
         self._idle: SimpleQueue[_Child] = SimpleQueue()
@@ -93,7 +93,7 @@ class Decoders:
         self.close()
 
     def _decode(self, kind: str, media: Media) -> list[Segment]:
-        seconds = self._limits.seconds + self._limits.seconds_per_megabyte * _size_bytes(media) / 1e6
+        seconds = self._limits.seconds + self._limits.seconds_per_megabyte * size_bytes(media) / 1e6
         child = self._idle.get()
         try:
             with (
@@ -105,12 +105,13 @@ class Decoders:
                     given.flush()
                     media = Media(media.name, Path(given.name))
                 # Mapped before its name goes.
-                return segments_of(child.decode(kind, media, Path(film.name), seconds), self._config)
+                return segments_of(child.decode(kind, media, Path(film.name), seconds), self.config)
         finally:
             self._idle.put(child)
 
 
-def _size_bytes(media: Media) -> int:
+def size_bytes(media: Media) -> int:
+    """Of its file; 0 where there is none."""
     if isinstance(media.content, bytes):
         return len(media.content)
     try:

@@ -13,6 +13,7 @@ from omniloom.modality.sequence import MODALITIES
 # One document as packing sees it: a plain one is a single text, which may be cut anywhere.
 LENGTH = np.dtype([("tokens", "<i4"), ("plain", "?")])
 LONGEST_POWER = 31
+PREFERENCE = "preference"  # the format whose documents are pairs of a chosen and a rejected answer
 
 
 @dataclass
@@ -70,6 +71,7 @@ class SourceRecord:
     name: str
     weight: float
     loss_weight: float
+    format: str = "text"
     train: SplitRecord = field(default_factory=SplitRecord)
     heldout: SplitRecord = field(default_factory=SplitRecord)
 

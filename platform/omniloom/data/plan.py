@@ -223,7 +223,7 @@ def cut_document(documents: Documents, whole: Piece, seq_len: int, policy: str) 
 
 def heldout_rows(documents: Documents, seq_len: int, rows: int, policy: str) -> list[list[Piece]]:
     """About `rows` rows of held-out documents, each at most once, an equal share of the tokens to every source."""
-    sources = np.flatnonzero(np.diff(documents.first_S))
+    sources = np.flatnonzero(np.diff(documents.first_S) * documents.is_streamed_S)
     chosen: list[Piece] = []
     for source in sources:
         left = rows * seq_len / len(sources)

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from omniloom.data.source import RawDocument
 from omniloom.modality.config import Widths
 from omniloom.modality.sequence import MODALITIES, TEXT, Document
 
 SCHEMA = pa.schema(
     [
         ("name", pa.string()),
+        ("kind", pa.string()),  # of a preference pair chosen or rejected, else document
         ("input_ids", pa.large_list(pa.int32())),
         ("segment_starts", pa.large_list(pa.int32())),
         ("modality", pa.large_binary()),
@@ -30,25 +32,25 @@ DOCUMENTS_PER_BATCH = 256
 BATCH_BYTES = 32 << 20  # what is held at once while a shard is written, unless one document is larger
 
 
-def write_documents(path: Path, documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:
-    """Write documents by name to an Arrow file and give each back; the file is whole when they have ended."""
+def write_documents(path: Path, documents: Iterable[tuple[RawDocument, Document]]) -> Iterator[Document]:
+    """Write documents to an Arrow file and give each back; the file is whole when they have ended."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        batch: list[tuple[str, Document]] = []
+        batch: list[tuple[RawDocument, Document]] = []
         held = 0
-        for name, document in documents:
+        for raw, document in documents:
             size = document.nbytes
             if batch and (len(batch) == DOCUMENTS_PER_BATCH or held + size > BATCH_BYTES):
                 writer.write_batch(_to_arrow(batch))
                 batch, held = [], 0
-            batch.append((name, document))
+            batch.append((raw, document))
             held += size
-            yield name, document
+            yield document
         if batch:
             writer.write_batch(_to_arrow(batch))
 
 
-def _to_arrow(batch: list[tuple[str, Document]]) -> pa.RecordBatch:
-    columns = {"name": pa.array([name for name, _ in batch], pa.string())}
+def _to_arrow(batch: list[tuple[RawDocument, Document]]) -> pa.RecordBatch:
+    columns = {name: pa.array([getattr(raw, name) for raw, _ in batch], pa.string()) for name in ("name", "kind")}
     for field in (*LISTS, *BLOBS):
         arrays = [getattr(document, field) for _, document in batch]
         if field in LISTS:

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from omniloom.data.config import SPLITS, Manifest
+from omniloom.data.config import SPLITS, Manifest, SourceSpec
 from omniloom.data.corpus import INDEX, REJECTS, SHARD_TABLE, TARGETS, TOKENIZER, lengths_file, shards_file
-from omniloom.data.index import Index, Reject, ShardRecord, SourceRecord, file_sha256
+from omniloom.data.index import PREFERENCE, Index, Reject, ShardRecord, SourceRecord, file_sha256
 from omniloom.data.write import tables_path
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.text import load_tokenizer
@@ -20,7 +20,7 @@ def write_index(corpus: Path, manifest: Manifest, records: list[ShardRecord], mo
     """Join the shards' tables, in the records' order, and write the index, the corpus's commit."""
     vocab_size = load_tokenizer(corpus / TOKENIZER).vocab_size
     targets = np.zeros(vocab_size, np.int64)
-    sources = {name: SourceRecord(name, spec.weight, spec.loss_weight) for name, spec in manifest.sources.items()}
+    sources = {name: source_record(name, spec) for name, spec in manifest.sources.items()}
     for split in SPLITS:
         mine = [record for record in records if record.split == split]
         with (corpus / lengths_file(split)).open("wb") as lengths:
@@ -39,6 +39,11 @@ def write_index(corpus: Path, manifest: Manifest, records: list[ShardRecord], mo
     names = [TOKENIZER, TARGETS, REJECTS, *(name(split) for split in SPLITS for name in (shards_file, lengths_file))]
     index = Index(vocab_size, modality, list(sources.values()), {name: file_sha256(corpus / name) for name in names})
     (corpus / INDEX).write_bytes(TypeAdapter(Index).dump_json(index, indent=1))
+
+
+def source_record(name: str, spec: SourceSpec) -> SourceRecord:
+    """A source before anything is read of it. Preference pairs stay out of the stream: half of them is to be unlearned."""
+    return SourceRecord(name, 0.0 if spec.format == PREFERENCE else spec.weight, spec.loss_weight, spec.format)
 
 
 def _write_shard_table(path: Path, records: list[ShardRecord]) -> None:

@@ -2,45 +2,31 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from cachetools import LRUCache, cached
 from pydantic import TypeAdapter, ValidationError
 
+from omniloom.data.config import DecodeConfig
+from omniloom.data.decode import shared_decoders
 from omniloom.data.index import LENGTH, Reject, ShardRecord, file_sha256, length_histogram
+from omniloom.data.readers import read_documents, unit_state
 from omniloom.data.shards import count_by_modality, is_plain, target_ids, write_documents
-from omniloom.data.source import RawDocument, Unit, read_documents
+from omniloom.data.source import RawDocument, Unit
+from omniloom.data.weave import Weaver
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig
-from omniloom.modality.files import Media
-from omniloom.modality.media import read_media
-from omniloom.modality.sequence import MODALITIES, Document, Segment, weave
-from omniloom.modality.text import TextTokenizer, load_tokenizer
-
-MEDIA_KEPT_BYTES = 64 << 20
+from omniloom.modality.sequence import MODALITIES, Document
+from omniloom.modality.text import load_tokenizer
 
 
 def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig) -> str:
     """A hash of everything a shard depends on, media included; files count by path, size and time of change."""
-    files = [_file_state(Path(file)) for file in unit.files]
-    if unit.format != "text":
-        raws = (raw for file in unit.files for raw in read_documents(Path(file), unit.format))
-        contents = (part.content for raw in raws for part in raw.segments)
-        files += [_file_state(c.content) for c in contents if isinstance(c, Media) and isinstance(c.content, Path)]
+    files = unit_state(unit)
     return hashlib.sha256(json.dumps([asdict(unit), files, tokenizer_sha256, asdict(modality)]).encode()).hexdigest()
-
-
-def _file_state(path: Path) -> tuple[str, int, int]:
-    try:
-        state = path.stat()
-    except (OSError, ValueError):
-        return (repr(path), -1, -1)  # missing now: another fingerprint once it is there
-    return (str(path), state.st_size, state.st_mtime_ns)
 
 
 def tables_path(record_path: Path) -> Path:
@@ -58,7 +44,7 @@ def read_record(path: Path) -> ShardRecord | None:
         return None
 
 
-def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig) -> ShardRecord:
+def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: DecodeConfig) -> ShardRecord:
     """Read a unit's files, media included, and write its shard; a finished shard of the same input is kept."""
     tokenizer = load_tokenizer(corpus / "tokenizer.json")
     fingerprint = unit_fingerprint(unit, file_sha256(corpus / "tokenizer.json"), modality)
@@ -72,7 +58,16 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig) -> ShardReco
     lengths: list[tuple[int, bool]] = []
     tokens = np.zeros(len(MODALITIES), np.int64)
     targets = np.zeros(tokenizer.vocab_size, np.int64)
-    for _, document in write_documents(path, _woven(unit, tokenizer, modality, rejects)):
+    weaver = Weaver(tokenizer, shared_decoders(modality, limits, Path(tempfile.gettempdir())))
+
+    def usable() -> Iterator[tuple[RawDocument, Document]]:
+        for raw, woven in weaver.weave(read_documents(unit)):
+            if isinstance(woven, DataError):
+                rejects.append(Reject(raw.name, str(woven)))
+            else:
+                yield raw, woven
+
+    for document in write_documents(path, usable()):
         lengths.append((len(document), is_plain(document)))
         tokens += count_by_modality(document)
         np.add.at(targets, target_ids(document), 1)
@@ -93,34 +88,3 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig) -> ShardReco
     )
     record_path.write_bytes(TypeAdapter(ShardRecord).dump_json(record, indent=1))
     return record
-
-
-def _woven(
-    unit: Unit, tokenizer: TextTokenizer, modality: ModalityConfig, rejects: list[Reject]
-) -> Iterator[tuple[str, Document]]:
-    # Documents may share their media: what was read lately is kept.
-    kept: LRUCache[Any, list[Segment]] = LRUCache(
-        MEDIA_KEPT_BYTES, getsizeof=lambda held: sum(segment.content.nbytes for segment in held)
-    )
-    read = cached(kept)(partial(read_media, config=modality))
-    for file in unit.files:
-        for raw in read_documents(Path(file), unit.format):
-            try:
-                yield raw.name, weave_document(raw, tokenizer, modality, read)
-            except DataError as error:
-                rejects.append(Reject(raw.name, str(error)))
-
-
-def weave_document(
-    raw: RawDocument, tokenizer: TextTokenizer, modality: ModalityConfig, read: Callable[[str, Media], list[Segment]]
-) -> Document:
-    """Read a raw document's media by `read` and weave it; raises DataError saying why it cannot be used."""
-    if raw.problem is not None:
-        raise DataError(raw.problem)
-    segments: list[Segment] = []
-    for part in raw.segments:
-        if isinstance(part.content, Media):
-            segments += read(part.kind, part.content)
-        else:
-            segments.append(tokenizer.segment(part.content, part.is_target))
-    return weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, modality.widths)

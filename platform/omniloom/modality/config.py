@@ -18,10 +18,10 @@ class Widths(NamedTuple):
 
 @dataclass
 class TokenizerConfig:
-    """A byte-level BPE: trained on the corpus, or an existing `tokenizer.json`."""
+    """A byte-level BPE: trained on the corpus, or anybody's that is there already: conf/tokenizer/."""
 
-    path: str | None = None
-    vocab_size: int = 32_768
+    path: str | None = None  # tokenizer.json, a folder of one or of GPT-2's two files, a URL; None: train one
+    vocab_size: int = 32_768  # of the one that is trained
 
 
 @dataclass

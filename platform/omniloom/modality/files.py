@@ -24,14 +24,14 @@ def open_bounded(media: Media, limit_bytes: int, key: str) -> BinaryIO:
     Raises DataError for a missing or unreadable file, a pipe or device, and one over the limit, before it is read.
     """
     if isinstance(media.content, bytes):
-        _refuse_large(len(media.content), limit_bytes, key)
+        refuse_large(len(media.content), limit_bytes, key)
         return io.BytesIO(media.content)
     path = media.content
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):  # a pipe would block, a device never end
             raise DataError(f"cannot read {path}: not a plain file")
-        _refuse_large(state.st_size, limit_bytes, key)
+        refuse_large(state.st_size, limit_bytes, key)
         # By number: FFmpeg would read a protocol or a format into the name.
         return open(os.open(path, os.O_RDONLY), "rb")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -39,6 +39,7 @@ def open_bounded(media: Media, limit_bytes: int, key: str) -> BinaryIO:
         raise DataError(f"cannot read {path}: {reason}") from error
 
 
-def _refuse_large(size_bytes: int, limit_bytes: int, key: str) -> None:
+def refuse_large(size_bytes: int, limit_bytes: int, key: str) -> None:
+    """Raise DataError where a medium is over its limit."""
     if size_bytes > limit_bytes:
         raise DataError(f"file of {size_bytes} bytes is over {key}={limit_bytes}")

@@ -1,7 +1,8 @@
 """Text becomes ids by byte-level BPE (the `tokenizers` library)."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 PLACEHOLDERS = ("<|image|>", "<|audio|>", "<|video|>")  # modality 1, 2, 3
 SPECIAL_TOKENS = (BOS, EOS, *PLACEHOLDERS)
 BYTES = 256
+GPT2_END = "<|endoftext|>"
 
 
 class TextTokenizer:
@@ -36,14 +38,19 @@ class TextTokenizer:
         # By modality; text has no placeholder of its own.
         self.placeholder_ids = (self.eos_id, *(ids[token] for token in PLACEHOLDERS if foreign is None))
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, the special tokens included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        """Number of ids, the special tokens included, and holes where a foreign vocabulary has some."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32 (N,); no special token is ever among them."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as `encode` gives them, by as many threads as the library is allowed."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out."""
@@ -51,12 +58,16 @@ class TextTokenizer:
 
     def segment(self, text: str, is_target: bool = True) -> Segment:
         """A text segment of the unified sequence."""
-        ids = self.encode(text)
-        return Segment(TEXT, ids, np.zeros((len(ids), 3), np.int32), is_target=is_target)
+        return text_segment(self.encode(text), is_target)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
         self._tokenizer.save(str(path))
+
+
+def text_segment(ids: np.ndarray, is_target: bool) -> Segment:
+    """Ids int32 (N,) as a segment of the unified sequence."""
+    return Segment(TEXT, ids, np.zeros((len(ids), 3), np.int32), is_target=is_target)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TextTokenizer:
@@ -82,19 +93,80 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(tokenizer, "just trained")
 
 
+def adopt_tokenizer(path: str) -> TextTokenizer:
+    """Read anybody's tokenizer for a corpus of ours: a file, a folder or a URL of a tokenizer.json.
+
+    A folder holds tokenizer.json, or GPT-2's vocab.json and merges.txt, whatever stands before these names. Special
+    tokens of ours that it lacks are added behind its own ids, which stay what they are. Documents begin and end with
+    ours even where it has a bos and eos of its own: one rule for all vocabularies, and its own keep their meaning.
+    Raises DataError where there is none, or where its vocabulary has holes that the added ids would meet.
+    """
+    tokenizer = _read_anybodys(path)
+    before = tokenizer.get_vocab(with_added_tokens=True)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    after = tokenizer.get_vocab(with_added_tokens=True)
+    if len(set(after.values())) < len(after) or any(after[token] != id for token, id in before.items()):
+        raise DataError(f"the vocabulary of {path} has holes or shares ids: no token can be added to it")
+    return TextTokenizer(tokenizer, path)
+
+
+def _read_anybodys(path: str) -> Tokenizer:
+    if "://" in path:
+        import fsspec
+
+        try:
+            with fsspec.open(path, "rb") as stream:
+                return Tokenizer.from_buffer(stream.read())
+        except Exception as error:  # each store has its own
+            raise DataError(f"no tokenizer at {path}: {type(error).__name__}: {error}") from error
+    file = Path(path)
+    if not file.is_dir():
+        return _read(file)
+    if (file / "tokenizer.json").is_file():
+        return _read(file / "tokenizer.json")
+    vocabularies, merges = sorted(file.glob("*vocab.json")), sorted(file.glob("*merges.txt"))
+    if len(vocabularies) != 1 or len(merges) != 1:
+        raise DataError(
+            f"no tokenizer in {path}: tokenizer.path must hold tokenizer.json, or one *vocab.json and one *merges.txt "
+            f"(it holds {len(vocabularies)} and {len(merges)})"
+        )
+    return _read_gpt2(vocabularies[0], merges[0])
+
+
+def _read_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
+    """GPT-2's byte-level BPE from its two files."""
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # the library raises bare Exception for malformed files
+        raise DataError(f"{vocabulary} and {merges} are no vocabulary of GPT-2's kind: {error}") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(GPT2_END) is not None:
+        tokenizer.add_special_tokens([GPT2_END])
+    return tokenizer
+
+
 def load_tokenizer(path: Path, may_be_foreign: bool = False) -> TextTokenizer:
-    """Read an existing `tokenizer.json`; raises DataError where it is missing or no tokenizer.
+    """Read a corpus's or a model's `tokenizer.json`; raises DataError where it is missing or no tokenizer.
 
     Where it may be foreign, a tokenizer_config.json beside it that names other tokens for the beginning and the end of
     a document makes it so: it serves text alone.
     """
+    tokenizer = _read(path)
+    try:
+        foreign = _foreign_ends(path.with_name("tokenizer_config.json")) if may_be_foreign else None
+        return TextTokenizer(tokenizer, str(path), foreign)
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # a tokenizer_config.json that is none
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def _read(path: Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"no tokenizer at {path}: set tokenizer.path to a tokenizer.json, or leave it out to train one")
     try:
-        foreign = _foreign_ends(path.with_name("tokenizer_config.json")) if may_be_foreign else None
-        return TextTokenizer(Tokenizer.from_file(str(path)), str(path), foreign)
-    except (ConfigError, DataError):
-        raise
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for malformed files
         raise DataError(f"{path} is not a tokenizer.json: {error}") from error
 

@@ -1,0 +1,124 @@
+"""Raw documents become documents: their texts are encoded many at a time while a child decodes their media."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+
+from cachetools import LRUCache
+
+from omniloom.data.decode import Decoders, size_bytes
+from omniloom.data.source import RawDocument, RemoteMedia
+from omniloom.data.storage import fetch
+from omniloom.errors import DataError
+from omniloom.modality.files import Media
+from omniloom.modality.sequence import Document, Segment, weave
+from omniloom.modality.text import TextTokenizer, text_segment
+
+# Two windows are held at once: one that is woven, one whose media are being decoded.
+WINDOW_DOCUMENTS, WINDOW_TEXT_BYTES = 256, 4 << 20
+WINDOW_MEDIA, WINDOW_MEDIA_BYTES = 16, 64 << 20
+MEDIA_KEPT_BYTES = 64 << 20
+
+Medium = tuple[str, Media]
+Begun = tuple[RawDocument, list[Segment | Medium] | DataError]
+
+
+class Weaver:
+    """Weaves the documents of one corpus; a medium shown again is decoded once, as long as it is kept."""
+
+    def __init__(self, tokenizer: TextTokenizer, decoders: Decoders) -> None:
+        self._tokenizer, self._decoders, self._modality = tokenizer, decoders, decoders.config
+        self._underway: dict[Medium, Future[list[Segment]]] = {}
+        self._kept: LRUCache[Medium, list[Segment]] = LRUCache(MEDIA_KEPT_BYTES, getsizeof=_content_bytes)
+
+    def weave(self, raws: Iterable[RawDocument]) -> Iterator[tuple[RawDocument, Document | DataError]]:
+        """Each raw document, in order, with its document or the reason why it cannot be used."""
+        before: list[Begun] = []
+        for window in _windows(raws):
+            begun = self._begin(window)
+            yield from self._finish(before)
+            before = begun
+        yield from self._finish(before)
+
+    def _begin(self, raws: list[RawDocument]) -> list[Begun]:
+        """Encode the texts of a window and have its media decoded."""
+        texts = [part.content for raw in raws for part in raw.segments if isinstance(part.content, str)]
+        ids = iter(self._tokenizer.encode_batch(texts))
+        begun: list[Begun] = []
+        for raw in raws:
+            parts: list[Segment | Medium] = []
+            problem = DataError(raw.problem) if raw.problem is not None else None
+            for part in raw.segments:
+                if isinstance(part.content, str):
+                    parts.append(text_segment(next(ids), part.is_target))
+                    continue
+                try:
+                    parts.append(self._submit(part.kind, part.content))
+                except DataError as error:
+                    problem = problem or error
+            begun.append((raw, problem or parts))
+        return begun
+
+    def _submit(self, kind: str, content: Media | RemoteMedia) -> Medium:
+        if isinstance(content, RemoteMedia):
+            limit = getattr(self._modality, kind).limit_bytes
+            content = fetch(content, limit, f"modality.{kind}.limit_bytes")
+        medium = (kind, content)
+        if medium not in self._kept and medium not in self._underway:
+            self._underway[medium] = self._decoders.submit(kind, content)
+        return medium
+
+    def _finish(self, begun: list[Begun]) -> Iterator[tuple[RawDocument, Document | DataError]]:
+        for raw, parts in begun:
+            try:
+                if isinstance(parts, DataError):
+                    raise parts
+                segments: list[Segment] = []
+                for part in parts:
+                    segments += [part] if isinstance(part, Segment) else self._decoded(part)
+                tokenizer = self._tokenizer
+                yield (
+                    raw,
+                    weave(
+                        segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, self._modality.widths
+                    ),
+                )
+            except DataError as error:
+                yield raw, error
+
+    def _decoded(self, medium: Medium) -> list[Segment]:
+        if medium in self._kept:
+            return self._kept[medium]
+        # It may have been kept when its document was begun, and crowded out since.
+        future = self._underway.pop(medium, None) or self._decoders.submit(*medium)
+        segments = future.result()
+        if _content_bytes(segments) <= MEDIA_KEPT_BYTES:
+            self._kept[medium] = segments
+        return segments
+
+
+def _windows(raws: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    """Documents as many together as a window may hold."""
+    window: list[RawDocument] = []
+    text_bytes = media = media_bytes = 0
+    for raw in raws:
+        window.append(raw)
+        for part in raw.segments:
+            if isinstance(part.content, str):
+                text_bytes += len(part.content)
+            else:
+                media += 1
+                media_bytes += size_bytes(part.content) if isinstance(part.content, Media) else 0
+        if (
+            len(window) >= WINDOW_DOCUMENTS
+            or text_bytes >= WINDOW_TEXT_BYTES
+            or media >= WINDOW_MEDIA
+            or media_bytes >= WINDOW_MEDIA_BYTES
+        ):
+            yield window
+            window, text_bytes, media, media_bytes = [], 0, 0, 0
+    if window:
+        yield window
+
+
+def _content_bytes(segments: list[Segment]) -> int:
+    return sum(segment.content.nbytes for segment in segments)
