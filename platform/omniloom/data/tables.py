@@ -42,7 +42,7 @@ def write_index(corpus: Path, manifest: Manifest, records: list[ShardRecord], mo
 
 
 def source_record(name: str, spec: SourceSpec) -> SourceRecord:
-    """A source before anything is read of it. Preference pairs stay out of the stream: half of them is to be unlearned."""
+    """A source of which nothing is read yet. Preference pairs stay out of the stream: half of them is no example."""
     return SourceRecord(name, 0.0 if spec.format == PREFERENCE else spec.weight, spec.loss_weight, spec.format)
 
 
