@@ -6,6 +6,7 @@ G global batch size, W ranks, m micro batch size: rank r of step s takes the sam
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -100,13 +101,12 @@ class Share(Sampler[list[int]]):
 
 def rank_batches(rows: Rows, share: Share, workers: int) -> Iterator[list[Batch]]:
     """One list of micro batches a step; `workers` processes read ahead, or none."""
+    # Not fork: a rank has threads, of Ray and of gloo, that may hold a lock just then.
+    context = get_context("forkserver") if workers else None
+    if context is not None:
+        context.set_forkserver_preload([__name__])  # imported once, not by each worker
     loader = DataLoader(
-        rows,
-        batch_sampler=share,
-        collate_fn=Batch,
-        num_workers=workers,
-        # Not fork: a rank has threads, of Ray and of gloo, that may hold a lock just then.
-        multiprocessing_context="forkserver" if workers else None,
+        rows, batch_sampler=share, collate_fn=Batch, num_workers=workers, multiprocessing_context=context
     )
     batches = iter(loader)
     for _ in range(share.first_step, share.steps):
