@@ -214,6 +214,14 @@ def test_peak_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path, au
 
 
 @pytest.mark.slow
+def test_no_more_than_a_few_large_frames_are_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.mp4"
+    path.write_bytes(encode_video(list(range(0, 300_000, 1_000)), "mp4", (1_280, 720), "mpeg4"))
+    (growth,) = peak_growth_bytes("video.read_video", path, config="config.VideoConfig(), config.AudioConfig()")
+    assert growth < 8e7  # all 300 as decoded are 4.1e8
+
+
+@pytest.mark.slow
 def test_every_real_clip_sounds_as_its_own_track(real_data: Path) -> None:
     heard = 0
     for path in sorted((real_data / "video").rglob("*")):

@@ -58,17 +58,16 @@ def decode_video(media: Media, config: VideoConfig, audio: AudioConfig, path: Pa
     format or broken, or without a frame.
     """
     track = _SoundTrack(audio, config.limit_seconds) if config.audio else None
-    converter = VideoReformatter()  # one for all frames: it costs more to make than to use
+    screen: _Screen | None = None
     frames, origin = 0, 0.0
     with path.open("wb") as file:
         shown, patches = None, b""
         for frame in _shown_at_ticks(_decode(media, config, track), config):
-            if shown is None:
-                origin = frame.time or 0.0
-            if frame is not shown:
-                with _damage_as_data_error():
-                    pixels = _square(frame, config.size_pixels, converter)
-                shown, patches = frame, cut_patches(pixels, config.patch_pixels)[0].tobytes()
+            with _damage_as_data_error():
+                if screen is None:
+                    screen, origin = _Screen(frame, config.size_pixels), frame.time or 0.0
+                if frame is not shown:
+                    shown, patches = frame, cut_patches(screen.show(frame), config.patch_pixels)[0].tobytes()
             file.write(patches)  # a full disk is no fault of the video's
             frames += 1
     if not frames:
@@ -208,15 +207,23 @@ def _shown_at_ticks(decoded: Iterator[av.VideoFrame], config: VideoConfig) -> It
         yield shown
 
 
-def _square(frame: av.VideoFrame, size_pixels: int, converter: VideoReformatter) -> np.ndarray:
-    """A frame as it is shown: a square, turned and mirrored as the file says."""
-    picture = Image.fromarray(converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-    square = np.asarray(picture.resize((size_pixels, size_pixels), Image.Resampling.BILINEAR), dtype=np.uint8)
-    side_data: Any = frame.side_data  # whose stub names two of its keys
-    if "DISPLAYMATRIX" not in side_data:
-        return square
-    # Where a pixel's step to the right (a, b) and down (c, d) leads on the screen, in the nearest quarter turns.
-    a, b, _, c, d = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), np.int32)[:5].astype(float)
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        square, a, d = square.transpose(1, 0, 2), c, b
-    return square[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+class _Screen:
+    """Frames as they are shown: squares, turned and mirrored as the file's first one says."""
+
+    def __init__(self, first: av.VideoFrame, size_pixels: int) -> None:
+        self._converter = VideoReformatter()  # one for all frames: it costs more to make than to use
+        self._size = (size_pixels, size_pixels)
+        # Asked of one frame alone: a frame that was asked keeps itself alive until the garbage collector comes.
+        side_data: Any = first.side_data  # whose stub names two of its keys
+        matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), np.int32) if "DISPLAYMATRIX" in side_data else None
+        # Where a pixel's step to the right (a, b) and down (c, d) leads on the screen, in the nearest quarter turns.
+        a, b, c, d = matrix[[0, 1, 3, 4]].astype(float) if matrix is not None else (1.0, 0.0, 0.0, 1.0)
+        self._is_turned = abs(b) + abs(c) > abs(a) + abs(d)
+        rightwards, downwards = (c, b) if self._is_turned else (a, d)
+        self._steps = (slice(None, None, -1 if downwards < 0 else 1), slice(None, None, -1 if rightwards < 0 else 1))
+
+    def show(self, frame: av.VideoFrame) -> np.ndarray:
+        """Pixels uint8 (size, size, 3)."""
+        picture = Image.fromarray(self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+        square = np.asarray(picture.resize(self._size, Image.Resampling.BILINEAR), dtype=np.uint8)
+        return (square.transpose(1, 0, 2) if self._is_turned else square)[self._steps]
