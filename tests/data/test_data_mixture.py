@@ -11,6 +11,7 @@ from listed import Listed
 
 from omniloom.data import mixture
 from omniloom.data.mixture import DocumentOrder, source_weights
+from omniloom.data.pack import PIECE
 from omniloom.errors import ConfigError
 
 quiet = settings(max_examples=60, deadline=None)
@@ -29,11 +30,11 @@ def mixtures(draw: st.DrawFn) -> Mixture:
 
 def next_ones(order: DocumentOrder, asked: int) -> list[int]:
     """The next `asked` documents; what was drawn beyond them is put back."""
-    taken = np.zeros(0, np.int64)
+    taken = np.zeros(0, PIECE)
     while len(taken) < asked:
         taken = np.concatenate([taken, order.take()])
     order.put_back(taken[asked:])
-    return taken[:asked].tolist()
+    return taken[:asked]["document"].tolist()
 
 
 def take(asked: int, documents: Listed, weights: np.ndarray, seed: int, chunk: int = 64) -> list[int]:
@@ -163,6 +164,24 @@ def check_weights_set_anew(documents: Listed, weights: np.ndarray, seed: int, fi
         mine = [number for number in before + after if documents.source(number) == source]
         for start in range(0, len(mine) - len(all_of_it) + 1, max(len(all_of_it), 1)):
             assert sorted(mine[start : start + len(all_of_it)]) == all_of_it
+
+
+def test_what_is_put_back_comes_first_when_its_source_is_drawn_again() -> None:
+    """Parts of documents too; another source's documents do not wait for them."""
+    documents = Listed([[10] * 5, [10] * 5])
+    with patch.object(mixture, "CHUNK_TOKENS", 40):
+        order = DocumentOrder(documents, 0)
+        order.weigh(np.array([1.0, 0.0]))
+        taken = order.take()
+        parts = np.array([(taken["document"][0], 4, 10), (taken["document"][2], 0, 10)], PIECE)
+        order.put_back(parts)
+        assert order.epochs_S.tolist() == [3 / 5, 0]
+        order.weigh(np.array([0.0, 1.0]))
+        assert (order.take()["document"] >= 5).all()
+        order.weigh(np.array([1.0, 0.0]))
+        again = order.take()
+    assert again[:2].tolist() == parts.tolist()
+    assert again[2]["document"] not in taken["document"]
 
 
 def test_a_billion_documents_are_not_looked_through() -> None:

@@ -171,7 +171,7 @@ class Documents:
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """Those documents as packing sees them, LENGTH."""
         lengths = np.zeros(len(documents), LENGTH)
-        source = np.searchsorted(self.first_S, documents, side="right") - 1
+        source = self.sources(documents)
         for s in np.unique(source):
             mine = source == s
             lengths[mine] = self.lengths_S[s][documents[mine] - self.first_S[s]]
@@ -190,6 +190,10 @@ class Documents:
     def source(self, document: int) -> int:
         """The number of its source."""
         return int(np.searchsorted(self.first_S, document, side="right")) - 1
+
+    def sources(self, documents: np.ndarray) -> np.ndarray:
+        """The numbers of their sources."""
+        return np.searchsorted(self.first_S, documents, side="right") - 1
 
     def document(self, document: int) -> Document:
         """The document of that number, its arrays lying in the mapped shard."""

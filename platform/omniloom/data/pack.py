@@ -9,6 +9,7 @@ import numpy as np
 from omniloom.modality.sequence import AUDIO, TEXT, Document
 
 OPEN_ROWS = 64  # rows that wait for a document that fits: more hardly pack tighter, and delay what a phase declares
+PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("stop", "<i4")])
 
 
 class Piece(NamedTuple):

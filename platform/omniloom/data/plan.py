@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from omniloom.data.corpus import Documents
 from omniloom.data.mixture import DocumentOrder
-from omniloom.data.pack import Packer, Piece, cut, pack, windows
+from omniloom.data.pack import PIECE, Packer, Piece, cut, pack, windows
 from omniloom.errors import DataError
 
-PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("stop", "<i4")])
 SHUFFLED_ROWS = 256  # rows are shuffled in blocks of this size: a long document fills many in a row
 VERSION = 1  # of this file, mixture.py, shuffle.py and pack.py: counted up with every change of what they give
 
@@ -132,19 +131,19 @@ def _build(documents: Documents, schedule: Schedule, rows: int, key: str, folder
 class Stream:
     """The endless training stream, row by row.
 
-    A phase begins at exactly its first row with what is packed from then on; pieces that lay in open rows come with it,
-    packed anew where the rows' length changes. Prefix-stable: blocks of SHUFFLED_ROWS, counted from the phase's first
-    row, are permuted by (seed, their first row), whatever comes after them.
+    Rows are packed in blocks of SHUFFLED_ROWS, counted from a phase's first row, and each block is permuted by (seed,
+    its first row). A phase begins at exactly its first row: whatever was drawn for rows that are not shown yet is put
+    back, and comes first when its source is drawn again. Prefix-stable: nothing that comes after a row changes it, not
+    more rows and no later phase; so a phase may be declared for a run that has ended.
     """
 
     def __init__(self, documents: Documents, schedule: Schedule) -> None:
         self._documents, self._schedule = documents, schedule
         self._order = DocumentOrder(documents, schedule.seed)
         self._packer = Packer(schedule.phases[0].seq_len)
-        self._drawn = np.zeros(0, np.int64)  # documents in the order's order, and how many of them are cut
-        self._cut = 0
-        self._tokens: list[int] = []
-        self._waiting: list[Piece] = []  # of cut documents, not yet placed; the next one last
+        self._drawn: list[Piece] = []  # documents, the next one last
+        self._cut: list[Piece] = []  # of the last of them, the next one last
+        self._unshown: list[list[Piece]] = []  # rows of a block that a phase cut short
         self._in_vain = 0  # documents one after the other of which no piece fits
         self.skipped = 0
 
@@ -156,46 +155,39 @@ class Stream:
     @property
     def epochs_S(self) -> np.ndarray:
         """How often each source was gone through."""
-        return self._order.drawn_S / np.maximum(np.diff(self._documents.first_S), 1)
+        return self._order.epochs_S
 
     def blocks(self, rows: int) -> Iterator[list[list[Piece]]]:
         """The first `rows` rows, a block at a time."""
         phases = self._schedule.phases
-        # The last phase never ends: its last block is whole, and cut afterwards.
-        ends = [*(phase.first_row for phase in phases[1:]), rows + SHUFFLED_ROWS]
+        ends = [*(min(phase.first_row, rows) for phase in phases[1:]), rows]
         for phase, end in zip(phases, ends, strict=True):
-            if phase.first_row >= rows:
+            if phase.first_row >= end:
                 break
-            self._enter(phase)
-            for first in range(phase.first_row, min(end, rows), SHUFFLED_ROWS):
-                block = [self._next_row() for _ in range(min(SHUFFLED_ROWS, end - first))]
-                order = np.random.default_rng([self._schedule.seed, first]).permutation(len(block))
-                yield [block[i] for i in order][: rows - first]
-        self._order.put_back(self._drawn[self._cut :])
-
-    def _enter(self, phase: Phase) -> None:
-        self._order.put_back(self._drawn[self._cut :])
-        self._drawn, self._cut = self._drawn[:0], 0
-        self._order.weigh(np.array(phase.weights))
-        if phase.seq_len != self._packer.seq_len:
-            left = [piece for row in self._packer.flush() for piece in row] + self._waiting[::-1]
+            self._order.weigh(np.array(phase.weights))
             self._packer = Packer(phase.seq_len)
-            self._waiting = [piece for whole in left for piece in self._pieces(whole)][::-1]
+            for first in range(phase.first_row, end, SHUFFLED_ROWS):
+                block = [self._next_row() for _ in range(SHUFFLED_ROWS)]
+                order = np.random.default_rng([self._schedule.seed, first]).permutation(SHUFFLED_ROWS)
+                shown = [block[i] for i in order]
+                yield shown[: end - first]
+                self._unshown = shown[end - first :]
+            self._put_back()
+
+    def _put_back(self) -> None:
+        rows = [*self._unshown, *self._packer.flush()]
+        pieces = [*(piece for row in rows for piece in row), *self._cut[::-1], *self._drawn[::-1]]
+        self._order.put_back(np.array(pieces, PIECE))
+        self._unshown, self._cut, self._drawn = [], [], []
 
     def _next_row(self) -> list[Piece]:
         while True:
-            while self._waiting:
-                if (row := self._packer.add(self._waiting.pop())) is not None:
+            while self._cut:
+                if (row := self._packer.add(self._cut.pop())) is not None:
                     return row
-            self._waiting = self._pieces(self._next_document())[::-1]
-
-    def _next_document(self) -> Piece:
-        while self._cut == len(self._drawn):
-            self._drawn, self._cut = self._order.take(), 0
-            self._tokens = self._documents.lengths(self._drawn)["tokens"].tolist()
-        number = self._cut
-        self._cut += 1
-        return Piece(int(self._drawn[number]), 0, self._tokens[number])
+            while not self._drawn:
+                self._drawn = [Piece(*piece) for piece in self._order.take().tolist()][::-1]
+            self._cut = self._pieces(self._drawn.pop())[::-1]
 
     def _pieces(self, whole: Piece) -> list[Piece]:
         """A document, or what is left of one, as pieces that fit a row; none where an item of it is longer."""
