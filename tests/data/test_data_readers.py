@@ -4,6 +4,8 @@ import base64
 import gzip
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import zlib
 from itertools import pairwise
@@ -174,6 +176,31 @@ def test_parts_of_a_file_hold_each_line_once(
             expected.append((at, line if len(line.removesuffix(b"\n")) <= limit else None))
         at += len(line)
     assert found == expected
+
+
+@pytest.mark.slow
+def test_a_large_file_and_an_endless_line_are_read_in_little_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("w") as lines, gzip.open(tmp_path / "line.jsonl.gz", "wb", 1) as line:
+        for number in range(64):
+            lines.write(f"{json.dumps({'text': 'word ' * 400})}\n" * 512)
+            line.write(b"a" * (1 << 22))
+    packed_file, plain = tmp_path / "line.jsonl.gz", tmp_path / "a.jsonl"
+    code = """
+import sys
+from pathlib import Path
+from omniloom.data.config import Reading
+from omniloom.data.readers import read_documents
+from omniloom.data.source import Unit
+peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+for file in sys.argv[1:]:
+    before = peak()
+    unit = Unit("a", "a", "train", "jsonl", [file], None, Reading(limit_document_bytes=1 << 20))
+    print(sum(1 for document in read_documents(unit)), peak() - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", code, plain, packed_file], capture_output=True, text=True, check=True)
+    (documents, growth), (rejects, growth_of_line) = (map(int, line.split()) for line in ran.stdout.splitlines())
+    assert (documents, rejects) == (64 * 512, 1)
+    assert max(growth, growth_of_line) < 16 << 20
 
 
 def chat(tmp_path: Path, *records: Any) -> list[RawDocument]:

@@ -19,7 +19,6 @@ from pydantic import TypeAdapter
 
 from conftest import REPOSITORY
 from omniloom.data.config import SPLITS, CorpusConfig
-from omniloom.data.corpus import _make_tokenizer
 from omniloom.data.manifest import read_manifest
 from omniloom.data.readers import read_documents
 from omniloom.data.samples import demo, write_samples
@@ -27,6 +26,7 @@ from omniloom.data.samples.demo import _write_digits, _write_topics
 from omniloom.data.shards import weave_document
 from omniloom.data.source import Unit
 from omniloom.data.units import list_units
+from omniloom.data.vocabulary import make_tokenizer
 from omniloom.errors import ConfigError
 from omniloom.modality.audio import decode
 from omniloom.modality.config import ModalityConfig
@@ -54,7 +54,7 @@ def tokenizers(samples: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     for kind, folder in samples.items():
         corpus = tmp_path_factory.mktemp(f"vocabulary_{kind}")
         train_units = [unit for unit in units_of(folder) if unit.split == "train"]
-        _make_tokenizer(train_units, configuration(kind).tokenizer, corpus)
+        make_tokenizer(train_units, configuration(kind).tokenizer, corpus, lambda count: None)
         made[kind] = load_tokenizer(corpus / "tokenizer.json")
     return made
 
