@@ -181,7 +181,7 @@ def test_parts_of_a_file_hold_each_line_once(
 @pytest.mark.slow
 def test_a_large_file_and_an_endless_line_are_read_in_little_memory(tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("w") as lines, gzip.open(tmp_path / "line.jsonl.gz", "wb", 1) as line:
-        for number in range(64):
+        for _ in range(64):
             lines.write(f"{json.dumps({'text': 'word ' * 400})}\n" * 512)
             line.write(b"a" * (1 << 22))
     packed_file, plain = tmp_path / "line.jsonl.gz", tmp_path / "a.jsonl"
