@@ -449,6 +449,15 @@ def test_members_of_one_key_are_a_sample_media_first(tmp_path: Path) -> None:
         assert five.problem == "no member of a known extension"
 
 
+def test_a_members_name_that_is_not_utf_8_can_be_told(tmp_path: Path) -> None:
+    member = header("a.X.png", f"{0:011o}\0").replace(b"a.X", b"a.\xff")
+    member = member[:148] + b"%06o\0 " % (sum(member[:148]) + sum(member[156:]) + 8 * 32) + member[156:]
+    (tmp_path / "a.tar").write_bytes(member + header("a.txt", f"{1:011o}\0") + b"a".ljust(512 * 3, b"\0"))
+    (document,) = read("webdataset", tmp_path / "a.tar")
+    assert parts(document) == [("image", b""), ("text", "a")]
+    assert document.segments[0].content.name == f"{tmp_path}/a.tar@a.\\udcff.png"
+
+
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
