@@ -14,7 +14,7 @@ def main(settings: ImportSettings) -> None:
     from omniloom.model.exchange import import_model
 
     source, to = Path(settings.source or ""), Path(settings.to or "")
-    tokenizer = None if settings.tokenizer is None else Path(settings.tokenizer)
+    tokenizer = None if settings.tokenizer_path is None else Path(settings.tokenizer_path)
     rules = TypeAdapter(ModalityConfig).dump_json(ModalityConfig(), indent=1)
     print(import_model(source, to, tokenizer, rules, settings.max_shard_bytes, settings.force))
 

@@ -182,7 +182,7 @@ class ImportSettings:
 
     source: str | None = None  # a Hugging Face folder, or a file of llama2.c's
     to: str | None = None
-    tokenizer: str | None = None  # tokenizer.json, or llama2.c's .bin, where the source has none
+    tokenizer_path: str | None = None  # tokenizer.json, or llama2.c's .bin, where the source has none
     max_shard_bytes: int = 4_000_000_000
     force: bool = False  # replace the folder where it is a model's
 

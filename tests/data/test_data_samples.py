@@ -18,7 +18,6 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from conftest import REPOSITORY
-from omniloom.data.build import _make_tokenizer
 from omniloom.data.config import SPLITS, CorpusConfig
 from omniloom.data.manifest import read_manifest
 from omniloom.data.readers import read_documents
@@ -26,6 +25,7 @@ from omniloom.data.samples import demo, write_samples
 from omniloom.data.samples.demo import _write_digits, _write_topics
 from omniloom.data.source import Unit
 from omniloom.data.units import list_units
+from omniloom.data.vocabulary import make_tokenizer
 from omniloom.errors import ConfigError
 from omniloom.modality.audio import decode_sound
 from omniloom.modality.config import ModalityConfig
@@ -53,7 +53,7 @@ def tokenizers(samples: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     for kind, folder in samples.items():
         corpus = tmp_path_factory.mktemp(f"vocabulary_{kind}")
         train_units = [unit for unit in units_of(folder) if unit.split == "train"]
-        _make_tokenizer(train_units, configuration(kind).tokenizer, corpus)
+        make_tokenizer(train_units, configuration(kind).tokenizer, corpus, lambda count: None)
         made[kind] = load_tokenizer(corpus / "tokenizer.json")
     return made
 

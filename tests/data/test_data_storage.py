@@ -1,6 +1,7 @@
 """Files of a store are found, read, told apart and fetched as those of a folder; fsspec's memory:// stands for one."""
 
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from handmade import build, save_picture
 
 from omniloom.data import storage
 from omniloom.data.config import Manifest, SourceSpec
@@ -194,3 +196,39 @@ def test_what_an_error_said_is_short_and_the_same_from_run_to_run() -> None:
         text = said(ValueError(f"line\nof {object()} \ud800 {'x' * 1_000}"))
         assert text.startswith("ValueError: line of <object object> \\ud800 xxx")
         assert len(text) == 200
+
+
+def test_documents_of_every_format_become_shards(store: Any, tmp_path: Path) -> None:
+    """By path, by bytes and by URL, a picture is the same one."""
+    png = save_picture(tmp_path / "d" / "a.png", 0).read_bytes()
+    store.pipe({"/b/a.jsonl": b'{"segments": [{"image": "a.png"}, {"text": "red"}]}', "/b/a.png": png})
+    (tmp_path / "d" / "a.txt").write_text("red")
+    pq.write_table(pa.table({"image": [png], "caption": ["red"]}), tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "d" / "a.png", "a.png")
+        archive.add(tmp_path / "d" / "a.txt", "a.txt")
+    turns = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "red"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "which?", "chosen": "red", "rejected": "blue"}))
+    sources = {
+        "interleaved": "memory://b/a.jsonl",
+        "parquet": "a.parquet",
+        "webdataset": "a.tar",
+        "folder": "d",
+        "chat": "chat.jsonl",
+        "preference": "pairs.jsonl",
+    }
+    manifest = {name: {"format": name, "train": [pattern]} for name, pattern in sources.items()}
+    (tmp_path / "manifest.yaml").write_text(json.dumps({"sources": manifest}))
+    corpus = build(tmp_path / "manifest.yaml", tmp_path / "corpus")
+    assert [len(record.rejects) for record in corpus.index.shards] == [0] * 6
+    split = corpus.split("train")
+    first = split.document(0)
+    assert first.image.any()
+    for index in range(1, 4):
+        assert (split.document(index).image == first.image).all()
+        assert split.document(index).input_ids.tolist() == first.input_ids.tolist()
+    for index, answer in ((4, " red"), (5, " red"), (6, " blue")):
+        document = split.document(index)
+        *learned, end = document.input_ids[document.loss_mask > 0].tolist()
+        assert (split.tokenizer.decode(learned), end) == (answer, split.tokenizer.eos_id)

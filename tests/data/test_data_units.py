@@ -31,7 +31,7 @@ def sparse(path: Path, size: int) -> Path:
 
 @pytest.mark.parametrize(
     ("size", "count"),
-    [(0, 1), (1, 1), (MIB, 1), (MIB + 1, 2), (8 * MIB, 8), (100 * MIB, 16), (1_000_000_000, 16), (4 << 30, 64)],
+    [(0, 1), (1, 1), (MIB, 1), (MIB + 1, 2), (8 * MIB, 8), (100 * MIB, 16), (1_003_888_890, 16), (4 << 30, 64)],
 )
 def test_a_plain_jsonl_is_cut_evenly(size: int, count: int, tmp_path: Path) -> None:
     sparse(tmp_path / "a.jsonl", size)

@@ -254,7 +254,7 @@ def test_an_imported_tokenizer_stays_as_it_is_and_goes_out_again(tmp_path, token
 def test_a_missing_tokenizer_is_told(tmp_path, ours):
     assert exported(ours, tmp_path / "theirs").notes == [f"{ours} has no tokenizer.json: the export has none"]
     assert imported(tmp_path / "theirs", tmp_path / "back").notes == [
-        f"no tokenizer.json in {tmp_path / 'theirs'}: name one with tokenizer="
+        f"no tokenizer.json in {tmp_path / 'theirs'}: name one with tokenizer_path="
     ]
 
 
@@ -337,7 +337,7 @@ def test_the_verbs_do_the_whole_thing(tmp_path, tokenizer, monkeypatch, capsys):
         ("import", ["theirs"], "name a source and a new folder: omniloom import SOURCE FOLDER"),
         ("import", ["their", "there"], "source=their does not exist; did you mean 'theirs'?"),
         ("import", ["ours", "there"], "ours is a model of ours or none: its config.json has no model_type"),
-        ("import", ["theirs", "there", "tokenizer=no.json"], "tokenizer=no.json is no file"),
+        ("import", ["theirs", "there", "tokenizer_path=no.json"], "tokenizer_path=no.json is no file"),
         ("import", ["theirs", "ours"], "to=ours exists: name another folder, or set force=true to replace it"),
     ],
 )

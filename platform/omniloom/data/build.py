@@ -1,7 +1,6 @@
 """The tokenize job: a manifest's files become a corpus of shards, by Ray Data tasks; the driver reads no media."""
 
 import logging
-import random
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -17,18 +16,15 @@ from omniloom.data.config import SPLITS, CorpusConfig, Manifest
 from omniloom.data.corpus import INDEX, REJECTS, TOKENIZER, Corpus
 from omniloom.data.index import Reject, ShardRecord, SourceRecord
 from omniloom.data.manifest import read_manifest
-from omniloom.data.readers import read_documents
 from omniloom.data.samples import write_samples
 from omniloom.data.source import Unit
 from omniloom.data.tables import source_record, write_index
 from omniloom.data.units import list_units
+from omniloom.data.vocabulary import build_tokenizer
 from omniloom.data.write import unit_fingerprint, write_shard
 from omniloom.errors import DataError
-from omniloom.modality.config import ModalityConfig, TokenizerConfig
-from omniloom.modality.text import adopt_tokenizer, load_tokenizer, train_tokenizer
+from omniloom.modality.config import ModalityConfig
 
-TOKENIZER_TRAINING_BYTES = 256 << 20  # a vocabulary learns nothing more from more text
-LEAST_SHARE_BYTES = 1 << 20  # of it, from one unit
 REJECTS_NAMED = 20
 
 
@@ -63,7 +59,7 @@ def build_corpus(config: CorpusConfig) -> Corpus:
     (corpus / "shards").mkdir(parents=True, exist_ok=True)
 
     train_units = [unit for unit in units if unit.split == "train"]
-    ray.get(ray.remote(_make_tokenizer).options(num_cpus=1).remote(train_units, config.tokenizer, corpus))
+    build_tokenizer(train_units, config.tokenizer, corpus)
     records = list(_write_shards(units, corpus, config))
     _refuse_too_many_rejects(records, config.max_reject_share)
     ray.get(ray.remote(write_index).options(num_cpus=1).remote(corpus, manifest, records, config.modality))
@@ -90,42 +86,6 @@ def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], modalit
             "name another corpus=<folder>, or rebuild this one with force=true"
         )
     return corpus
-
-
-def _make_tokenizer(units: list[Unit], config: TokenizerConfig, corpus: Path) -> None:
-    """Runs in a worker: load the named tokenizer, or train one on the training text; a finished one is kept."""
-    path = corpus / "tokenizer.json"
-    if config.path is not None:
-        adopt_tokenizer(config.path).save(path)
-    elif not _is_tokenizer(path):
-        train_tokenizer(_texts(units), config.vocab_size).save(path)
-
-
-def _is_tokenizer(path: Path) -> bool:
-    try:
-        load_tokenizer(path)
-    except DataError:
-        return False
-    return True
-
-
-def _texts(units: list[Unit]) -> Iterator[str]:
-    """Training texts of all sources: as much of every unit, in a fixed shuffled order, so that none is left out."""
-    share = max(TOKENIZER_TRAINING_BYTES // max(len(units), 1), LEAST_SHARE_BYTES)
-    shuffled = random.Random(0).sample(units, len(units))
-    left = TOKENIZER_TRAINING_BYTES
-    for unit in shuffled:
-        of_unit = share
-        for document in read_documents(unit):
-            for segment in document.segments:
-                if isinstance(segment.content, str):
-                    yield segment.content
-                    of_unit -= len(segment.content.encode())
-            if of_unit <= 0:
-                break
-        left -= share - of_unit
-        if left <= 0:
-            return
 
 
 def _write_shards(units: list[Unit], corpus: Path, config: CorpusConfig) -> Iterator[ShardRecord]:

@@ -84,7 +84,7 @@ def _refuse_other_format(source: str, format: str, files: dict[str, int]) -> Non
 
 def _cut(format: str, files: dict[str, int]) -> Iterator[Piece]:
     """The files in pieces of about one size."""
-    unit_bytes = min(max(sum(files.values()) // UNITS_WANTED, LEAST_UNIT_BYTES), UNIT_BYTES)
+    unit_bytes = min(max(-(-sum(files.values()) // UNITS_WANTED), LEAST_UNIT_BYTES), UNIT_BYTES)
     if format == "interleaved":
         unit_bytes = LEAST_UNIT_BYTES
     gathered: list[str] = []

@@ -189,7 +189,7 @@ def import_model(
         near = did_you_mean(source.name, (path.name for path in source.parent.glob("*")))
         raise ConfigError(f"source={source} does not exist; {near}")
     if tokenizer is not None and not tokenizer.is_file():
-        raise ConfigError(f"tokenizer={tokenizer} is no file")
+        raise ConfigError(f"tokenizer_path={tokenizer} is no file")
     _refuse_same(source, to)
     weights: Source
     if source.is_file():
@@ -238,4 +238,4 @@ def _bring_tokenizer(source: Path, to: Path, tokenizer: Path | None, config: Mod
     elif tokenizer is not None:
         shutil.copyfile(tokenizer, to / "tokenizer.json")
     missing = not (to / "tokenizer.json").is_file()
-    return [f"no tokenizer.json in {source}: name one with tokenizer="] if missing else []
+    return [f"no tokenizer.json in {source}: name one with tokenizer_path="] if missing else []

@@ -105,7 +105,7 @@ def sample_document(record: dict[str, Any], place: Place, reading: Reading) -> l
         if isinstance(data, Oversize):
             raise ValueError(data.reason)
         if extension in MEDIA_KINDS:
-            medium = Media(f"{place.name}.{name}", data)
+            medium = Media(f"{place.name}.{name}".encode("utf-8", "backslashreplace").decode(), data)
             segments.append(RawSegment(MEDIA_KINDS[extension], medium, is_target=False))
         elif extension in TEXTS:
             texts.setdefault(extension, data)
