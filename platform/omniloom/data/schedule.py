@@ -43,7 +43,7 @@ def read_schedule(corpora: list[Corpus], data: DataConfig, seed: int) -> Schedul
             weights[known : known + len(own)] = own * (1 - phase.replay) / max(own.sum(), 1e-300)
             known += len(own)
         replaced = source_weights(
-            names[:known], weights[:known].tolist(), phase.weights, f"phases from_sample={phase.from_sample}"
+            names[:known], weights[:known].tolist(), phase.weights, f"phases.{phase.from_sample}.weights"
         )
         weights[:known] = replaced
         seq_len = phase.seq_len or seq_len
