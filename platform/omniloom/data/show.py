@@ -17,8 +17,8 @@ from omniloom.data.thumbnails import Thumbnail, bars, is_coloured, loudness
 from omniloom.modality.image import join_patches
 from omniloom.modality.sequence import MODALITIES, PADDING
 
-COLOURS = {"text": "cyan", "image": "green", "audio": "yellow", "video": "magenta"}
-MARK_COLOUR, SHADES = "bright_black", ("grey30", "grey50")
+COLOURS = {"text": "cyan", "image": "red", "audio": "yellow", "video": "magenta"}
+MARK_COLOUR, TARGET_COLOUR, SHADES = "bright_black", "green", ("grey30", "grey50")
 BAR_WIDTH, SPARKS = 40, 60
 REASONS, DOCUMENTS, LISTED, STRETCHES, CHARACTERS, RUNS = 12, 6, 30, 14, 320, 8  # the most that is told of each
 PICTURE, FRAME = (36, 14), (22, 9)  # characters across, lines down
@@ -83,7 +83,7 @@ def _histogram(split: Split, histogram: np.ndarray) -> Group:
     for power in range(powers[0], powers[-1] + 1):
         count = int(histogram[power])
         between = f"{1 << power:,} – {(2 << power) - 1:,}"
-        bar = Bar(float(histogram.max()), 0, count, width=BAR_WIDTH, color="blue")
+        bar = Bar(float(histogram.max()), 0, count, width=BAR_WIDTH, color="cyan")
         share = f"{count / histogram.sum():.1%}"
         table.add_row(Text(f"  {between}", justify="right"), bar, Text(f"{count:,}", justify="right"), share)
     return Group("", Text(f"lengths of the {split} documents, in tokens", "bold"), table)
@@ -97,7 +97,7 @@ def _rejects(rejects: list[RejectGroup]) -> Group:
         table.add_row(
             Text(f"  {group.count:,}", justify="right"),
             f"{group.share:.2%}",
-            Group(Text(clean(group.reason), "red"), example),
+            Group(Text(clean(group.reason)), example),
         )
     title = Text(f"skipped: {total:,} documents, {share:.2%} of all, by reason, with an example of each", "bold")
     more = [f"  … and {len(rejects) - REASONS} more reasons, all with --json"] if len(rejects) > REASONS else []
@@ -129,7 +129,7 @@ def _map(console: Console, row: RowFacts) -> Group:
 
     Not more columns than positions.
     """
-    columns = min(console.width - 12, row.seq_len)
+    columns = max(1, min(console.width - 12, row.seq_len))
     edges = np.linspace(0, row.seq_len, columns + 1).astype(int)
     media, numbers, targets = Text("  medium    "), Text("  document  "), Text("  targets   ")
     coloured = is_coloured(console)
@@ -142,11 +142,11 @@ def _map(console: Console, row: RowFacts) -> Group:
         else:
             media.append(" " if coloured else kind[0], f"on {COLOURS[kind]}")
             numbers.append(str(number % 10), f"white on {SHADES[number % 2]}")
-        targets.append(bars([share]) if share else " ", "green")
-    legend = Text("            ", "dim")
+        targets.append(bars([share]) if share else " ", TARGET_COLOUR)
+    legend = Text("            ")
     for kind in MODALITIES:
-        legend.append("█ " if coloured else f"{kind[0]} ", COLOURS[kind]).append(f"{kind}  ")
-    legend.append(f"· padding  1 column is {row.seq_len / columns:.3g} tokens")
+        legend.append("█ " if coloured else f"{kind[0]} ", COLOURS[kind]).append(f"{kind}  ", "dim")
+    legend.append(f"· padding  1 column is {row.seq_len / columns:.3g} tokens", "dim")
     return Group(media, numbers, targets, legend)
 
 
@@ -166,7 +166,7 @@ def _part(number: int, part: Part, whole: bool) -> Group:
     title = Text.assemble(
         f"\ndocument {number} · ",
         (part.source, "bold"),
-        f" {part.document:,} · tokens {_extent(part)} · ",
+        f" {part.document:,} · {_extent(part)} · ",
         (clean(part.name), "dim"),
     )
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -182,17 +182,17 @@ def _part(number: int, part: Part, whole: bool) -> Group:
 
 def _extent(part: Part) -> str:
     if part.stop - part.start == part.tokens:
-        return f"all {part.tokens:,}"
-    return f"{part.start:,}:{part.stop:,} of {part.tokens:,}"
+        return f"all {part.tokens:,} tokens"
+    return f"tokens {part.start:,}:{part.stop:,} of {part.tokens:,}"
 
 
 def _content(stretch: Stretch, whole: bool) -> Iterator[RenderableType]:
     if stretch.text is not None:
-        mark, style = ("▶ ", "green") if stretch.is_target else ("  ", "")
-        yield Text.assemble((mark, "green"), (_shortened(clean(stretch.text), whole), style))
+        style = TARGET_COLOUR if stretch.is_target else ""
+        yield Text.assemble("▶ " if stretch.is_target else "  ", _shortened(clean(stretch.text), whole), style=style)
     elif stretch.content is None:
-        begins = stretch.kind == BEGIN
-        yield Text("  the document begins" if begins else "▶ it ends" if stretch.is_target else "  it ends", "dim")
+        said = "the document begins" if stretch.kind == BEGIN else "it ends"
+        yield Text.assemble(("▶ " if stretch.is_target else "  ", TARGET_COLOUR), (said, "dim"))
     elif stretch.kind == "audio":
         yield Text(f"  {_media(stretch)}", "dim")
         yield Text(f"  {loudness(stretch.content, SPARKS)}", COLOURS["audio"])
@@ -242,7 +242,7 @@ def _listed(first: int, parts: list[Part]) -> Group:
             Text(f"document {number}"),
             Text(f"{part.begin:,}:{end:,}", "dim", justify="right"),
             Text.assemble((part.source, "bold"), f" {part.document:,}"),
-            f"tokens {_extent(part)}",
+            _extent(part),
             ", ".join(kinds),
         )
     left = len(parts) - LISTED

@@ -108,7 +108,9 @@ def _losses(losses: dict[str, dict[str, Any]]) -> Table:
     table.add_column("")
     for name in ("last", "lowest", "at step"):
         table.add_column(name, justify="right")
+    table.add_column("")
     for name, loss in losses.items():
         step = "–" if loss["best_step"] is None else f"{loss['best_step']:,}"
-        table.add_row(Text(name), text.figure(loss["last"]), text.figure(loss["best"]), step)
+        remark = f"not finite from step {loss['not_finite'][0]:,}" if loss["not_finite"] else ""
+        table.add_row(Text(name), text.figure(loss["last"]), text.figure(loss["best"]), step, Text(remark, "red"))
     return table
