@@ -19,13 +19,13 @@ from omniloom.data.config import DataConfig
 from omniloom.data.corpus import Corpus, Documents
 from omniloom.data.facts import RowFacts, corpus_facts, dissect, rejects_by_reason, stream_row, whole_document
 from omniloom.data.loader import Rows
-from omniloom.data.plan import SHUFFLED_ROWS, Plan, open_plan
+from omniloom.data.plan import SHUFFLED_ROWS, Plan, Stream, open_plan
 from omniloom.data.samples import write_samples
 from omniloom.data.schedule import read_schedule
 from omniloom.data.show import clean, print_corpus, print_row
 from omniloom.data.thumbnails import Thumbnail, loudness
 from omniloom.modality.image import cut_patches, join_patches
-from omniloom.modality.sequence import MODALITIES
+from omniloom.modality.sequence import MODALITIES, Row
 
 OMNILOOM = str(Path(sys.executable).parent / "omniloom")
 SEQ_LEN = 64
@@ -66,31 +66,56 @@ def row_of(documents: Documents, *sources: int, padding: int = 5) -> RowFacts:
 
 
 def test_the_row_shown_is_the_row_that_is_trained_on(corpus: Corpus, documents: Documents, plan: Plan) -> None:
-    """Field by field, for every row of a plan; a row past the first block costs no file."""
+    """Field by field, over a plan."""
     rows = Rows(documents, plan, read_schedule([corpus], DATA, 0))
     for number in range(0, len(plan), 7):
-        facts, row = dissect(documents, plan[number], SEQ_LEN), rows[number]
-        for field in ("modality", "document", "loss_mask"):
-            assert np.array_equal(getattr(facts, field), getattr(row, field))
-        media = {
-            kind: [s.content for part in facts.parts for s in part.stretches if s.kind == kind]
-            for kind in MODALITIES[1:]
-        }
-        for kind, contents in media.items():
-            assert np.array_equal(np.concatenate([*contents, getattr(row, kind)[:0]]), getattr(row, kind))
-        mask = np.concatenate([np.full(end - begin, value) for begin, end, value in facts.mask_runs])
-        assert np.array_equal(mask, row.loss_mask)
-        for part in facts.parts:
-            for stretch in part.stretches:
-                place = slice(stretch.begin, stretch.end)
-                assert set(row.loss_mask[place]) == {int(stretch.is_target)}
-                if stretch.position:
-                    between = np.stack([row.position[place].min(0), row.position[place].max(0)], axis=1)
-                    assert between.tolist() == [stretch.position[axis] for axis in ("time", "row", "column")]
-        ends = [stretch.end for part in facts.parts for stretch in part.stretches]
-        begins = [stretch.begin for part in facts.parts for stretch in part.stretches]
-        assert begins == [0, *ends[:-1]], "a token is told of twice or not at all"
-        assert ends[-1] == SEQ_LEN - facts.padding
+        check_against_row(dissect(documents, plan[number], SEQ_LEN), rows[number])
+
+
+def test_of_several_media_in_a_document_each_segment_has_its_own(tmp_path: Path) -> None:
+    """Whole, and in the pieces that short rows make of it."""
+    pictures = [{"image": str(save_picture(tmp_path / f"{seed}.png", seed))} for seed in range(3)]
+    clips = [{"audio": str(save_clip(tmp_path / f"{seed}.wav", seed, 0.05 + seed / 100))} for seed in range(2)]
+    videos = [{"video": str(save_video(tmp_path / f"{seed}.mp4", seed))} for seed in range(2)]
+    segments = [*pictures, {"text": "two", "loss": False}, *clips, *videos, {"text": " seven"}, pictures[0], videos[0]]
+    save_lines(tmp_path / "documents.jsonl", segments)
+    (tmp_path / "m.yaml").write_text("sources: {a: {format: interleaved, train: [documents.jsonl]}}")
+    corpus = build(tmp_path / "m.yaml", tmp_path / "corpus")
+    documents = Documents([corpus], "train")
+    for seq_len in (12, 20, 100):
+        schedule = read_schedule([corpus], DataConfig(seq_len=seq_len), 0)
+        pieces = [row for block in Stream(documents, schedule).blocks(12) for row in block]
+        rows = Rows(documents, pieces, schedule)
+        for number, row in enumerate(pieces):
+            check_against_row(dissect(documents, row, seq_len), rows[number])
+    whole = dissect(documents, [whole_document(documents, "train", 0)], 100).parts[0].stretches
+    kinds = ["text" if "text" in segment else next(iter(segment)) for segment in segments]
+    assert [stretch.kind for stretch in whole] == ["bos", *kinds, "eos"]
+    assert [stretch.text for stretch in whole if stretch.text] == ["two", " seven"]
+
+
+def check_against_row(facts: RowFacts, row: Row) -> None:
+    """Every token is told of once, as the row has it."""
+    for field in ("modality", "document", "loss_mask"):
+        assert np.array_equal(getattr(facts, field), getattr(row, field))
+    media = {
+        kind: [s.content for part in facts.parts for s in part.stretches if s.kind == kind] for kind in MODALITIES[1:]
+    }
+    for kind, contents in media.items():
+        assert np.array_equal(np.concatenate([*contents, getattr(row, kind)[:0]]), getattr(row, kind))
+    mask = np.concatenate([np.full(end - begin, value) for begin, end, value in facts.mask_runs])
+    assert np.array_equal(mask, row.loss_mask)
+    for part in facts.parts:
+        for stretch in part.stretches:
+            place = slice(stretch.begin, stretch.end)
+            assert set(row.loss_mask[place]) == {int(stretch.is_target)}
+            if stretch.position:
+                between = np.stack([row.position[place].min(0), row.position[place].max(0)], axis=1)
+                assert between.tolist() == [stretch.position[axis] for axis in ("time", "row", "column")]
+    ends = [stretch.end for part in facts.parts for stretch in part.stretches]
+    begins = [stretch.begin for part in facts.parts for stretch in part.stretches]
+    assert begins == [0, *ends[:-1]], "a token is told of twice or not at all"
+    assert ends[-1] == facts.seq_len - facts.padding
 
 
 @pytest.mark.parametrize("row", [0, 3, SHUFFLED_ROWS - 1, SHUFFLED_ROWS, 299])
@@ -177,15 +202,15 @@ def test_the_counts_are_the_indexs(corpus: Corpus) -> None:
 def test_rejects_are_grouped_by_reason(tmp_path: Path) -> None:
     """What differs from one to the next (a name, a number) is left out; a name cannot steer the terminal."""
     save_picture(tmp_path / "good.png", 0)
-    for name in ("a.png", "\x1b[31mb.png"):
+    for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n no picture")
     save_clip(tmp_path / "silent.wav", 0, loudness=0)
     save_video(tmp_path / "film.mp4", 0)
-    names = ({"image": "a.png"}, {"image": "\x1b[31mb.png"}, {"audio": "silent.wav"})
+    names = ({"image": "a.png"}, {"image": "b.png"}, {"audio": "silent.wav"})
     gone = [{"video": f"gone/{number}.mp4"} for number in range(3)]
     media = [*names, *gone, {"image": "good.png"}, {"video": "film.mp4"}]
-    save_lines(tmp_path / "documents.jsonl", *([medium, {"text": " seven"}] for medium in media))
-    (tmp_path / "m.yaml").write_text("sources: {a: {format: interleaved, train: [documents.jsonl]}}")
+    save_lines(tmp_path / "\x1b[31mred.jsonl", *([medium, {"text": " seven"}] for medium in media))
+    (tmp_path / "m.yaml").write_text("sources: {a: {format: interleaved, train: ['*.jsonl']}}")
     corpus = build(tmp_path / "m.yaml", tmp_path / "corpus")
     groups = rejects_by_reason(corpus)
     assert [(group.count, group.share) for group in groups] == [(3, 3 / 8), (2, 2 / 8), (1, 1 / 8)]
@@ -194,6 +219,7 @@ def test_rejects_are_grouped_by_reason(tmp_path: Path) -> None:
     page = told(lambda console: print_corpus(console, corpus, groups), width=300)
     assert "skipped: 6 documents, 75.00% of all, by reason" in page
     assert "\x1b" not in page
+    assert "\\x1b[31mred.jsonl@" in page
     assert corpus_facts(corpus)["rejects"][0]["example"]["name"].startswith(str(tmp_path))
 
 

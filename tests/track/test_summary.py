@@ -65,12 +65,13 @@ def test_a_summary_is_what_the_runs_files_say(run: Path) -> None:
 def test_a_run_that_has_just_begun_is_summed_up(status: str, tmp_path: Path) -> None:
     """Nothing but run.json, damaged lines beside it."""
     (tmp_path / "bare").mkdir()
-    record = {"id": "a", "name": "bare", "status": status, "exit_reason": "[red]ValueError: no"}
+    record = {"id": "a", "name": "bare", "status": status, "exit_reason": "\x1b[31m[red]ValueError\x1b[0m: no"}
     (tmp_path / "bare" / "run.json").write_text(json.dumps(record))
     (tmp_path / "bare" / "events.jsonl").write_text('{"no": "event"}\nbroken\n{"torn')
     page = told(summarize(tmp_path / "bare"))
     assert f"run bare · {status}" in page
     assert "reason [red]ValueError: no" in page
+    assert "\x1b" not in page
     assert "checkpoints none" in page
 
 

@@ -210,8 +210,7 @@ def _stretches(
     count = len(document)
     edges = {0, count, *document.segment_starts.tolist()}
     edges |= {*(1 + np.flatnonzero(np.diff(document.loss_mask) | np.diff(document.modality))).tolist()}
-    edges |= {1} if marks[0] else set()
-    edges |= {count - 1} if marks[1] else set()
+    edges |= {count - 1} if marks[1] else set()  # after bos there is a segment or eos
     used = dict.fromkeys(("image", "audio", "clips", "video"), 0)  # media before the segment, in their own entries
 
     def next_of(name: str, entries: int) -> slice:

@@ -70,7 +70,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(title.append(f" · {summary['run']}", "dim"))
     table = Table.grid(padding=(0, 2))
     for name, told in _lines(summary):
-        table.add_row(Text(f"  {name}", "dim"), Text(told))
+        table.add_row(Text(f"  {name}", "dim"), Text.from_ansi(told))  # a rank's error has colours of its own
     console.print(table)
     if summary["losses"]:
         console.print(_losses(summary["losses"]))
