@@ -27,6 +27,7 @@ ROOTS = {
     "export_model": settings.ExportSettings,
     "import_model": settings.ImportSettings,
     "sweep_runs": settings.SweepSettings,
+    "show": settings.ShowSettings,
     "write_report": settings.ReportSettings,
     "client": settings.ClientSettings,
     "local_cluster": settings.LocalClusterSettings,

@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": Verb("run_evals.py"),
     "export": Verb("export_model.py", words=("init", "to")),
     "import": Verb("import_model.py", words=("source", "to")),
+    "show": Verb("show.py", words=("what",)),
     "report": Verb("write_report.py", words=("run",)),
     "sweep": Verb("sweep_runs.py"),
     "submit": Verb("submit_job.py"),
@@ -50,6 +51,7 @@ usage: omniloom VERB [key=value …]
   evaluate   a trained model to scores, through lm-eval
   export     a model as a Hugging Face folder, for transformers and for servers
   import     a Hugging Face folder, or a file of llama2.c's, as a model of ours
+  show       a corpus and what lies in one of its rows, or a run's summary, in the terminal
   report     a run's page: its curves, scores and samples in one file
   sweep      train, many times, over values of any keys; what is clearly worse ends early
 
@@ -62,6 +64,7 @@ usage: omniloom VERB [key=value …]
 examples:
   omniloom demo
   omniloom tokenize manifest=corpus.yaml corpus=corpora/mine tokenizer.vocab_size=8192
+  omniloom show corpora/mine row=5
   omniloom plan model=deepseek_v3
   omniloom plan scaling SWEEP budget=1e18
   omniloom train corpus=corpora/mine run=first model=tiny train.steps=500 cluster.workers=2

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from omniloom.cluster.config import ClusterConfig, LocalClusterConfig, SweepConfig
-from omniloom.data.config import CorpusConfig
+from omniloom.data.config import SPLITS, CorpusConfig, DataConfig
 from omniloom.errors import ConfigError, did_you_mean, refuse_unless_one_of
 from omniloom.modality.config import ModalityConfig
 from omniloom.plan.config import HardwareConfig
 from omniloom.track.config import TrackConfig
-from omniloom.train.config import TrainingRun
+from omniloom.train.config import TrainConfig, TrainingRun
 
 
 @dataclass
@@ -219,6 +219,38 @@ class ReportSettings:
         if self.run is None:
             here = ", ".join(sorted(path.parent.name for path in Path(self.runs_dir).glob("*/run.json")))
             raise ConfigError(f"name one run: omniloom report RUN [runs_dir=runs]; here are {here or 'none'}")
+
+
+@dataclass
+class ShowSettings:
+    """A corpus and one of its rows, or a run."""
+
+    what: str | None = None  # a corpus folder, a name in runs_dir, or a run's folder
+    row: int = 0  # global sample index
+    document: int | None = None  # instead of a row: its number within the split
+    split: str = "train"  # or heldout
+    seed: int = TrainingRun.seed
+    val_rows: int = TrainConfig.val_rows  # of the run whose held-out rows are meant
+    data: DataConfig = field(default_factory=DataConfig)
+    runs_dir: str = "runs"
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError where nothing is named or a number cannot hold."""
+        if self.what is None:
+            places = ", ".join(self.corpora()) or "none"
+            raise ConfigError(f"name a corpus or a run: omniloom show CORPUS | RUN; corpora here are {places}")
+        refuse_unless_one_of("split", self.split, SPLITS)
+        for key in ("row", "document", "val_rows"):
+            value, least = getattr(self, key), int(key == "val_rows")
+            if value is not None and value < least:
+                raise ConfigError(f"{key}={value} must be at least {least}")
+        self.data.check()
+
+    def corpora(self) -> list[str]:
+        """Corpus folders near the one that is named, and in corpora/."""
+        places = {Path("corpora"), Path(self.what or "").parent}
+        return sorted({str(path.parent) for place in places for path in place.glob("*/index.json")})
 
 
 @dataclass

@@ -117,12 +117,21 @@ class CorpusSplit:
 
     def document(self, index: int) -> Document:
         """The document numbered `index`."""
+        shard, place = self._find(index)
+        return shard.document(place)
+
+    def name(self, index: int) -> str:
+        """Where that document came from."""
+        shard, place = self._find(index)
+        return shard.name(place)
+
+    def _find(self, index: int) -> tuple[Shard, int]:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         if (shard := self._open.get(number)) is None:
             path = self._folder / self._table.column("file")[number].as_py()
             _check_size(path, self._table.column("bytes")[number].as_py())
             shard = self._open[number] = Shard(path, self._widths)
-        return shard.document(index - int(self._first[number]))
+        return shard, index - int(self._first[number])
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -197,9 +206,18 @@ class Documents:
 
     def document(self, document: int) -> Document:
         """The document of that number, its arrays lying in the mapped shard."""
+        split, place = self._find(document)
+        return split.document(place)
+
+    def name(self, document: int) -> str:
+        """Where that document came from."""
+        split, place = self._find(document)
+        return split.name(place)
+
+    def _find(self, document: int) -> tuple[CorpusSplit, int]:
         source = self.source(document)
         place = self._place_S[source] + document - int(self.first_S[source])
-        return self._splits[self._corpus_S[source]].document(place)
+        return self._splits[self._corpus_S[source]], place
 
 
 def _refuse_unlike(one: Corpus, other: Corpus) -> None:

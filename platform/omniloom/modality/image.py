@@ -87,3 +87,11 @@ def cut_patches(pixels: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]
     cut = pixels.reshape(down, patch, across, patch, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, patch**2 * 3)
     row, column = np.divmod(np.arange(down * across, dtype=np.int32), across)
     return np.ascontiguousarray(cut), np.stack([np.zeros_like(row), row, column], axis=1)
+
+
+def join_patches(patches: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """The pixels uint8 (H, W, 3) of one picture or frame: `cut_patches` the other way round."""
+    down, across = position[-1, 1:] + 1
+    patch = math.isqrt(patches.shape[1] // 3)
+    squares = patches.reshape(down, across, patch, patch, 3).transpose(0, 2, 1, 3, 4)
+    return squares.reshape(down * patch, across * patch, 3)

@@ -122,7 +122,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 def _tiles(
     record: RunRecord, config: dict[str, Any] | None, metrics: Metrics, events: list[dict[str, Any]], folder: Path
 ) -> list[Tile]:
-    steps, curves = _planned_steps(config), metrics.curves
+    steps, curves = planned_steps(config), metrics.curves
     tiles = [
         Tile(
             "Step",
@@ -132,7 +132,7 @@ def _tiles(
         ),
         Tile("Tokens", text.count(metrics.last.get("tokens")), _tokens_a_step(metrics)),
     ]
-    elapsed = _elapsed_s(record, events, folder)
+    elapsed = elapsed_s(record, events, folder)
     step_s = curves.get("step_s")
     detail = f"steps alone {text.duration(step_s.total)}" if step_s else ""
     tiles.append(Tile("Wall time", text.duration(elapsed), detail))
@@ -161,7 +161,8 @@ def _ranks(events: list[dict[str, Any]]) -> int:
     return len(starts[-1]) if starts and isinstance(starts[-1], list) else 0
 
 
-def _planned_steps(config: dict[str, Any] | None) -> int | None:
+def planned_steps(config: dict[str, Any] | None) -> int | None:
+    """How long the configuration makes the run; None where it does not say."""
     try:
         train = (config or {})["train"]
         if train["steps"] is not None:
@@ -185,7 +186,7 @@ def _tokens_a_step(metrics: Metrics) -> str:
     return f"{text.count(tokens / metrics.step)} a step"
 
 
-def _elapsed_s(record: RunRecord, events: list[dict[str, Any]], folder: Path) -> float | None:
+def elapsed_s(record: RunRecord, events: list[dict[str, Any]], folder: Path) -> float | None:
     """From the first start to the end, pauses between restarts included; to the last step where no end is known."""
     times = [event["time"] for event in events if isinstance(event.get("time"), int | float)]
     if not times:
