@@ -1,6 +1,7 @@
 """The tokenize job: a manifest's files become a corpus of shards, by Ray Data tasks; the driver reads no media."""
 
 import logging
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], modalit
 def _make_tokenizer(units: list[Unit], config: TokenizerConfig, corpus: Path) -> None:
     """Runs in a worker: load the named tokenizer, or train one on the training text; a finished one is kept."""
     path = corpus / "tokenizer.json"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs yet
     if config.path is not None:
         adopt_tokenizer(config.path).save(path)
     elif not _is_tokenizer(path):
@@ -137,6 +139,7 @@ def _write_shards(units: list[Unit], corpus: Path, config: CorpusConfig) -> Iter
     context.execution_options.preserve_order = True
 
     def shard(row: dict[str, Any]) -> dict[str, Any]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core; the node's others have tasks of their own
         unit = TypeAdapter(Unit).validate_json(row["unit"])
         return {"record": TypeAdapter(ShardRecord).dump_json(write_shard(unit, corpus, config.modality, config.decode))}
 
