@@ -33,6 +33,7 @@ FIELDS = {
     "audio": np.float16,
     "audio_frames": np.int32,
 }
+OF_A_DOCUMENT = FIELDS | {"segment_starts": np.int32}
 MEDIA = ("image", "video", "audio", "audio_frames")
 
 
@@ -104,7 +105,9 @@ def test_row_fields_have_the_contracts_dtypes_and_order() -> None:
 
 def test_document_fields_have_the_contracts_dtypes() -> None:
     for document in (woven(TOKENIZER.segment("Hi"), picture(0), sound(5), film(2)), woven()):
-        assert {name: array.dtype for name, array in vars(document).items()} == {n: FIELDS[n] for n in vars(document)}
+        assert {name: array.dtype for name, array in vars(document).items()} == {
+            name: OF_A_DOCUMENT[name] for name in vars(document)
+        }
 
 
 def test_modalities_are_numbered_as_the_contract_says() -> None:
@@ -236,7 +239,7 @@ def clips_of(audio: np.ndarray, audio_frames: np.ndarray) -> list[list[list[floa
 def check_fields(row: Row | Document) -> None:
     """Every dtype is the contract's, media and their tokens agree in number."""
     for name, array in vars(row).items():
-        assert array.dtype == FIELDS[name], name
+        assert array.dtype == OF_A_DOCUMENT[name], name
     assert len(row.image) == (row.modality == IMAGE).sum()
     assert len(row.video) == (row.modality == VIDEO).sum()
     assert len(row.audio) == row.audio_frames.sum()
@@ -298,8 +301,11 @@ def test_windows_one_after_another_lose_and_mix_nothing(drawn, data) -> None:
     for window in windows:
         check_fields(window)
     for name in vars(document):
-        joined = np.concatenate([getattr(window, name) for window in windows])
-        assert joined.dtype == FIELDS[name]
+        parts = [getattr(window, name) for window in windows]
+        if name == "segment_starts":  # counted from the window's own first token
+            parts = [part + np.int32(start) for part, start in zip(parts, cuts, strict=False)]
+        joined = np.concatenate(parts)
+        assert joined.dtype == OF_A_DOCUMENT[name]
         assert np.array_equal(joined, getattr(document, name)), name
     parts = [clip for window in windows for clip in clips_of(window.audio, window.audio_frames)]
     assert parts == [s.content.tolist() for s in held if s.modality == AUDIO]

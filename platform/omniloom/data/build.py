@@ -1,6 +1,7 @@
 """The tokenize job: a manifest's files become a corpus of shards, by Ray Data tasks; the driver reads no media."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -97,6 +98,7 @@ def _write_shards(units: list[Unit], corpus: Path, config: CorpusConfig) -> Iter
     context.execution_options.preserve_order = True
 
     def shard(row: dict[str, Any]) -> dict[str, Any]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core; the node's others have tasks of their own
         unit = TypeAdapter(Unit).validate_json(row["unit"])
         return {"record": TypeAdapter(ShardRecord).dump_json(write_shard(unit, corpus, config.modality, config.decode))}
 

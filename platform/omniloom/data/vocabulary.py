@@ -1,5 +1,6 @@
 """A corpus's vocabulary: anybody's that is named, or one trained on its text by a worker; the driver shows a bar."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,7 @@ def build_tokenizer(units: list[Unit], config: TokenizerConfig, corpus: Path) ->
 def make_tokenizer(units: list[Unit], config: TokenizerConfig, corpus: Path, count: Callable[[int], object]) -> None:
     """Adopt the named tokenizer, or train one on the units' text, `count` told of it; a finished one is kept."""
     path = corpus / "tokenizer.json"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs yet
     if config.path is not None:
         adopt_tokenizer(config.path).save(path)
     elif not _is_tokenizer(path):

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import tempfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from omniloom.data.weave import Weaver
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.sequence import MODALITIES, Document
-from omniloom.modality.text import load_tokenizer
+from omniloom.modality.text import TextTokenizer, load_tokenizer
 
 
 def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig) -> str:
@@ -44,10 +46,17 @@ def read_record(path: Path) -> ShardRecord | None:
         return None
 
 
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path, sha256: str) -> TextTokenizer:
+    """Read once for all shards that a process writes: a large vocabulary takes as long as a megabyte of text."""
+    return load_tokenizer(path)
+
+
 def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: DecodeConfig) -> ShardRecord:
     """Read a unit's files, media included, and write its shard; a finished shard of the same input is kept."""
-    tokenizer = load_tokenizer(corpus / "tokenizer.json")
-    fingerprint = unit_fingerprint(unit, file_sha256(corpus / "tokenizer.json"), modality)
+    tokenizer_sha256 = file_sha256(corpus / "tokenizer.json")
+    tokenizer = _tokenizer(corpus / "tokenizer.json", tokenizer_sha256)
+    fingerprint = unit_fingerprint(unit, tokenizer_sha256, modality)
     record_path = corpus / "shards" / f"{unit.name}.json"
     done = read_record(record_path)
     if done is not None and done.fingerprint == fingerprint:
@@ -55,7 +64,7 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: Deco
     record_path.unlink(missing_ok=True)
     path = record_path.with_suffix(".arrow")
     rejects: list[Reject] = []
-    lengths: list[tuple[int, bool]] = []
+    lengths, plain = array("i"), bytearray()  # a few bytes a document: a packed file may hold many millions
     tokens = np.zeros(len(MODALITIES), np.int64)
     targets = np.zeros(tokenizer.vocab_size, np.int64)
     weaver = Weaver(tokenizer, shared_decoders(modality, limits, Path(tempfile.gettempdir())))
@@ -68,10 +77,12 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: Deco
                 yield raw, woven
 
     for document in write_documents(path, usable()):
-        lengths.append((len(document), is_plain(document)))
+        lengths.append(len(document))
+        plain.append(is_plain(document))
         tokens += count_by_modality(document)
         np.add.at(targets, target_ids(document), 1)
-    table = np.array(lengths, LENGTH)
+    table = np.zeros(len(lengths), LENGTH)
+    table["tokens"], table["plain"] = lengths, plain
     np.savez(tables_path(record_path), lengths=table, targets=targets)
     record = ShardRecord(
         file=path.name,

@@ -114,25 +114,33 @@ def weave(
     A media position holds its modality's placeholder id. `loss_mask` is 1 where the segment is a target; bos never is,
     eos is one exactly when the last segment is (the model learns to stop only where it learned to speak).
     """
-    bos = Segment(TEXT, np.array([bos_id], np.int32), np.zeros((1, 3), np.int32))
-    ends_in_target = bool(segments) and segments[-1].is_target
-    eos = Segment(TEXT, np.array([eos_id], np.int32), np.zeros((1, 3), np.int32), is_target=ends_in_target)
-    woven = [bos, *segments, eos]
+    starts_S = np.cumsum([1, *(len(s) for s in segments)], dtype=np.int32)
+    tokens = int(starts_S[-1]) + 1
+    input_ids, modality = np.empty(tokens, np.int32), np.zeros(tokens, np.uint8)
+    position, loss_mask = np.zeros((tokens, 3), np.int32), np.zeros(tokens, np.uint8)
+    input_ids[0], input_ids[-1] = bos_id, eos_id
+    loss_mask[-1] = bool(segments) and segments[-1].is_target
+    for segment, start, stop in zip(segments, starts_S, starts_S[1:], strict=False):
+        loss_mask[start:stop] = segment.is_target
+        if segment.modality == TEXT:  # whose positions are 0
+            input_ids[start:stop] = segment.content
+        else:
+            input_ids[start:stop] = placeholder_ids[segment.modality]
+            modality[start:stop] = segment.modality
+            position[start:stop] = segment.position
 
     def media(kind: int, empty: np.ndarray) -> np.ndarray:
-        return _joined([s.content for s in woven if s.modality == kind], empty)
+        return _joined([s.content for s in segments if s.modality == kind], empty)
 
     return Document(
-        input_ids=np.concatenate(
-            [s.content if s.modality == TEXT else np.full(len(s), placeholder_ids[s.modality], np.int32) for s in woven]
-        ),
-        modality=np.concatenate([np.full(len(s), s.modality, np.uint8) for s in woven]),
-        position=np.concatenate([s.position for s in woven]),
-        loss_mask=np.concatenate([np.full(len(s), s.is_target, np.uint8) for s in woven]),
-        segment_starts=np.cumsum([1, *(len(s) for s in segments)], dtype=np.int32)[:-1],
+        input_ids=input_ids,
+        modality=modality,
+        position=position,
+        loss_mask=loss_mask,
+        segment_starts=starts_S[:-1],
         image=media(IMAGE, np.zeros((0, widths.image), np.uint8)),
         audio=media(AUDIO, np.zeros((0, widths.audio), np.float16)),
-        audio_frames=np.array([len(s.content) for s in woven if s.modality == AUDIO], np.int32),
+        audio_frames=np.array([len(s.content) for s in segments if s.modality == AUDIO], np.int32),
         video=media(VIDEO, np.zeros((0, widths.video), np.uint8)),
     )
 
