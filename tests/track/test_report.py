@@ -72,6 +72,7 @@ def build_run(folder: Path, steps: int = 120, status: str = "finished", **record
             line[f"router/{layer}/tokens_per_expert"] = load
         if step % 20 == 0:
             line |= {"val/loss": loss + 0.1, "val/loss/words": loss, "val/loss/sounds": loss + 0.4}
+            line |= {"val/forgetting/words": 0.01} if step > 60 else {}
         lines.append(line)
     write_lines(folder / "metrics.jsonl", lines)
     events = [
@@ -205,8 +206,8 @@ def test_the_head_says_who_the_run_is_and_what_it_learned(whole_page: Page) -> N
 
 def test_every_kind_of_metric_has_its_chart(whole_page: Page) -> None:
     assert set(whole_page.charts) == {
-        "loss", "val-sources", "loss/mtp", "loss/balance", "lr", "grad_norm", "tokens_per_s", "step_s", "memory",
-        "load", "load-max", "needle-0", "history-acc",
+        "loss", "val-sources", "forgetting", "loss/mtp", "loss/balance", "lr", "grad_norm", "tokens_per_s", "step_s",
+        "memory", "load", "load-max", "needle-0", "history-acc",
     }  # fmt: skip
     places = [attributes["data-chart"] for _, attributes in whole_page.elements if "data-chart" in attributes]
     assert sorted(places) == sorted(whole_page.charts)

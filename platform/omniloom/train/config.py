@@ -148,7 +148,7 @@ class TrainingRun:
         is_known = self.train.steps is not None or self.train.tokens is not None
         return Workload(
             sizes=self.model,
-            seq_len=self.data.seq_len,
+            seq_len=self.data.longest_row,
             global_batch_size=self.train.global_batch_size,
             micro_batch_size=self.train.micro_batch_size,
             ranks=ranks,

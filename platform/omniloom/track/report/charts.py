@@ -18,14 +18,8 @@ def training_charts(metrics: Metrics, restarts: list[int]) -> list[Chart]:
     """Losses, rates, speed and memory over the steps, each where its key was written."""
     curves = metrics.curves
     charts = [_loss_chart(curves)]
-    by_source = {key.removeprefix("val/loss/"): curve for key, curve in curves.items() if key.startswith("val/loss/")}
-    if by_source:
-        traces = [
-            trace
-            for i, (name, curve) in enumerate(sorted(by_source.items()))
-            for trace in _now_and_then(curve, name, SERIES[i % len(SERIES)])
-        ]
-        charts.append(_chart("val-sources", "Validation loss by source", traces))
+    charts.append(_by_source(curves, "val/loss/", "val-sources", "Validation loss by source"))
+    charts.append(_by_source(curves, "val/forgetting/", "forgetting", "Forgetting: loss since a corpus joined"))
     names = {"loss/mtp": "Multi-token prediction loss", "loss/balance": "Load-balance loss"}
     more = {key: names.get(key, key) for key in sorted(curves) if key.startswith("loss/") and key != "loss/next_token"}
     charts += [_single(curves[key], key, title, figure) for key, title in more.items()]
@@ -106,6 +100,17 @@ def _loss_chart(curves: dict[str, Curve]) -> Chart | None:
     chart.latest = figure(training.last if training is not None else None)
     chart.note, chart.wide, chart.height_pixels = " ".join(filter(None, notes)), True, 330
     return chart
+
+
+def _by_source(curves: dict[str, Curve], prefix: str, name: str, title: str) -> Chart | None:
+    """A line a source, of the keys that begin alike."""
+    found = {key.removeprefix(prefix): curve for key, curve in curves.items() if key.startswith(prefix)}
+    traces = [
+        trace
+        for i, (source, curve) in enumerate(sorted(found.items()))
+        for trace in _now_and_then(curve, source, SERIES[i % len(SERIES)])
+    ]
+    return _chart(name, title, traces) if traces else None
 
 
 def _time_chart(curves: dict[str, Curve]) -> Chart | None:
