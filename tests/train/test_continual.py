@@ -124,3 +124,12 @@ def test_forgetting_is_read_off_the_runs_own_metrics(tmp_path: Path) -> None:
     assert forgetting(tmp_path, {"step": 4, "val/loss/a": 9.0}, joins, 8) == {}
     assert forgetting(tmp_path, {"step": 6, "val/loss/a": 9.0}, joins, 8) == {"val/forgetting/a": 8.0}
     assert forgetting(tmp_path, {"step": 9, "val/loss/a": 9.0, "val/loss/b": 1}, joins, 8) == {"val/forgetting/a": 7.0}
+
+
+@pytest.mark.slow
+def test_ranks_micro_batches_and_loader_workers_of_a_run_change_no_batch(smoke_run: Path, workspace: Path) -> None:
+    run = train_smoke(
+        workspace, "others", "cluster.workers=2", "data.loader_workers=2", "train.micro_batch_size=1", "train.steps=12"
+    )
+    expected = [line["batch_hash"] for line in metrics(smoke_run)]
+    assert [line["batch_hash"] for line in metrics(run)] == expected[:12]
