@@ -285,6 +285,13 @@ def test_what_an_interrupted_build_left_is_built_again(tmp_path: Path) -> None:
     assert [again[row] for row in range(300)] == expected
 
 
+def test_a_folder_that_cannot_be_written_is_refused_with_the_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    documents = Hashed(TOKENS)
+    with pytest.raises(DataError, match=r"no packing plan can be written to .*: set data\.plans=<folder>"):
+        open_plan(documents, alike(documents), 10, tmp_path / "file" / "plans")
+
+
 def resident_bytes(folder: Path, answer: "Queue") -> None:  # noqa: F821
     """What opening a plan and reading rows all over it adds to a process."""
     import psutil

@@ -89,9 +89,18 @@ class Plan:
 
 
 def open_plan(documents: Documents, schedule: Schedule, rows: int, folder: Path) -> Plan:
-    """The plan of at least the first `rows` rows, in `folder`; built there where nobody has yet."""
+    """The plan of at least the first `rows` rows, in `folder`; built there where nobody has yet.
+
+    Raises DataError where nothing can be written there.
+    """
     key = plan_key(documents, schedule)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{key}.lock").touch()
+    except OSError as error:
+        raise DataError(
+            f"no packing plan can be written to {folder} ({error.strerror}): set data.plans=<folder>"
+        ) from error
     with FileLock(folder / f"{key}.lock"):
         for finished in folder.glob(f"{key}-*/plan.json"):
             if int(finished.parent.name.rpartition("-")[2]) >= rows:
