@@ -267,7 +267,7 @@ def access(folder: Path) -> None:
         (middle, core_middle), (last, core_last) = np.percentile(took, [50, 99], axis=0)
         held = statistics.mean(sum(array.nbytes for array in rows[i].fields().values()) for i in range(len(rows)))
         print(
-            f"  {name:9} {len(rows):6,} rows of {held / 1e3:4.0f} kB: median {middle:5.0f}, 99th percentile {last:5.0f}; "
+            f"  {name:9} {len(rows):6,} rows of {held / 1e3:4.0f} kB: median {middle:.0f}, 99th percentile {last:.0f}; "
             f"on its core, waits for others apart, {core_middle:6.0f} and {core_last:6.0f}"
         )
         verdict(f"{name}: milliseconds at the 99th percentile", last / 1e3, 1.0, last < 1e3)

@@ -124,7 +124,7 @@ def test_a_long_video_streams_into_its_shard(tmp_path: Path) -> None:
     assert max(longer["own"], longer["child"]) < LIMIT_BYTES
     # The film lies in a file that is mapped, and once again nowhere; beside it stand its sound and its tokens.
     assert longer["own"] - shorter["own"] < 1.6 * (MINUTES[1] - MINUTES[0]) * FILM_BYTES_A_MINUTE
-    # Decoded pictures wait to be freed, some minutes' worth; a minute's sound is 1 MB that stands there up to four times.
+    # Decoded pictures wait to be freed, for some minutes; a minute's sound is 1 MB and stands there up to four times.
     assert longer["child"] - shorter["child"] < 120_000_000 + 4_000_000 * (MINUTES[1] - MINUTES[0])
 
 
