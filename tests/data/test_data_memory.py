@@ -88,7 +88,7 @@ def write_film(path: Path, minutes: int) -> None:
 def write_text(path: Path, megabytes: int) -> int:
     """A jsonl of about that size, of blocks of lines that come again in other orders; how many lines."""
     generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(1, 9))) for _ in range(20_000)]
+    words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(1, 9))) for _ in range(5_000)]
     lines = [json.dumps({"text": " ".join(generator.choices(words, k=generator.randint(20, 500)))}) for _ in range(800)]
     size = count = 0
     with path.open("w") as file:
