@@ -142,7 +142,7 @@ def test_a_large_jsonl_streams_into_its_shard(tmp_path: Path) -> None:
 
 
 def test_a_document_of_megabytes_is_encoded_in_bounded_memory(tmp_path: Path) -> None:
-    """The library holds some 400 bytes a token of what it encodes at once: 1.5 GB of this text."""
+    """The library holds some 400 bytes a token of what it encodes at once: 0.4 GB for this text."""
     path = tmp_path / "book.jsonl"
     path.write_text(json.dumps({"text": "red green blue which " * 190_000}) + "\n")
     assert shard_alone(tmp_path, "jsonl", path)["own"] < 500_000_000
