@@ -561,3 +561,19 @@ def test_a_table_that_is_not_the_one_that_was_written_is_refused(name: str, smok
     (smoke.folder / name).write_bytes((smoke.folder / name).read_bytes() + b" ")
     with pytest.raises(DataError, match=f"{name} is missing or not the one that was written"):
         Corpus(smoke.folder).verify()
+
+
+def test_a_document_lies_where_its_file_is_mapped(tmp_path: Path) -> None:
+    """One frame of an hour's film must not cost a copy of the hour."""
+    save_video(tmp_path / "film.mp4", 0)
+    save_clip(tmp_path / "clip.wav", 0)
+    picture = save_picture(tmp_path / "picture.png", 0)
+    media = [{"image": picture.name}, {"audio": "clip.wav"}, {"video": "film.mp4"}]
+    lines = save_lines(tmp_path / "lines.jsonl", [*media, {"text": "red"}])
+    make_tokenizer(tmp_path)
+    record = write_shard(interleaved_unit(lines), tmp_path, TINY)
+    shard = Shard(tmp_path / "shards" / record.file, TINY.widths)
+    once, again = shard.document(0), shard.document(0)
+    for name, array in vars(once).items():
+        assert array.size, name
+        assert array.ctypes.data == getattr(again, name).ctypes.data, name

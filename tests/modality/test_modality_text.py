@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from omniloom.errors import ConfigError, DataError
+from omniloom.modality import text as text_module
 from omniloom.modality.config import TokenizerConfig
 from omniloom.modality.sequence import TEXT
 from omniloom.modality.text import (
@@ -312,3 +313,34 @@ def test_real_texts_come_back_whole(real_data: Path) -> None:
         assert tokenizer.decode(ids) == part
         assert len(ids) < 0.6 * len(part)
         assert not {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.placeholder_ids} & set(ids.tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.sampled_from("ab \n\t'1é.字 "), max_size=300), st.integers(1, 40))
+def test_a_long_text_has_the_ids_of_the_whole(text: str, part: int) -> None:
+    tokenizer = train_tokenizer(iter(["a b ab ba aab 'a bb. a\n b"] * 8), 300)
+    whole = tokenizer.encode(text).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "PART_CHARACTERS", part)
+        assert tokenizer.encode(text).tolist() == whole
+        assert [ids.tolist() for ids in tokenizer.encode_batch(["b", text])] == [tokenizer.encode("b").tolist(), whole]
+
+
+def test_a_long_text_is_encoded_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer(iter(["red green blue"] * 8), 300)
+    seen: list[str] = []
+    encode = tokenizer._encode_short
+    monkeypatch.setattr(text_module, "PART_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizer, "_encode_short", lambda texts: seen.extend(texts) or encode(texts))
+    tokenizer.encode("red green " * 100)
+    assert max(map(len, seen)) < 120
+    assert "".join(seen) == "red green " * 100
+
+
+def test_a_vocabulary_whose_tokens_reach_over_spaces_gets_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, "a", "b", " ", "a ", "a b"])}
+    bare = Tokenizer(models.BPE(vocabulary, [("a", " "), ("a ", "b")]))
+    bare.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer = TextTokenizer(bare, "bare")
+    monkeypatch.setattr(text_module, "PART_CHARACTERS", 3)
+    assert tokenizer.encode("a b" * 20).tolist() == [vocabulary["a b"]] * 20

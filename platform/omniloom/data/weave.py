@@ -14,7 +14,7 @@ from omniloom.modality.sequence import Document, Segment, weave
 from omniloom.modality.text import TextTokenizer, text_segment
 
 # Two windows are held at once: one that is woven, one whose media are being decoded.
-WINDOW_DOCUMENTS, WINDOW_TEXT_BYTES = 256, 4 << 20
+WINDOW_DOCUMENTS, WINDOW_TEXT_BYTES = 256, 1 << 20
 WINDOW_MEDIA, WINDOW_MEDIA_BYTES = 16, 64 << 20
 MEDIA_KEPT_BYTES = 64 << 20
 

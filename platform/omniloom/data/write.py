@@ -1,5 +1,6 @@
 """A unit of files becomes one shard: its documents are woven in order, what cannot be used is skipped and named."""
 
+import ctypes
 import hashlib
 import json
 import tempfile
@@ -23,6 +24,8 @@ from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.sequence import MODALITIES, Document
 from omniloom.modality.text import TextTokenizer, load_tokenizer
+
+TRIMMED_BYTES = 64 << 20  # of documents, after which free memory is given back
 
 
 def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig) -> str:
@@ -52,6 +55,14 @@ def _tokenizer(path: Path, sha256: str) -> TextTokenizer:
     return load_tokenizer(path)
 
 
+def _trim_heap() -> None:
+    """Give back what is free: jemalloc as workers have it (cluster.local) joins no freed pieces unless it is asked to,
+    and a worker would grow by every shard."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallctl"):
+        allocator.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))  # of all arenas
+
+
 def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: DecodeConfig) -> ShardRecord:
     """Read a unit's files, media included, and write its shard; a finished shard of the same input is kept."""
     tokenizer_sha256 = file_sha256(corpus / "tokenizer.json")
@@ -76,11 +87,17 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: Deco
             else:
                 yield raw, woven
 
+    held = 0
     for document in write_documents(path, usable()):
+        held += document.nbytes
+        if held > TRIMMED_BYTES:
+            _trim_heap()
+            held = 0
         lengths.append(len(document))
         plain.append(is_plain(document))
         tokens += count_by_modality(document)
         np.add.at(targets, target_ids(document), 1)
+    _trim_heap()
     table = np.zeros(len(lengths), LENGTH)
     table["tokens"], table["plain"] = lengths, plain
     np.savez(tables_path(record_path), lengths=table, targets=targets)

@@ -56,18 +56,21 @@ class Document:
 
     def window(self, start: int, stop: int) -> "Document":
         """The tokens from `start` to `stop`, with the media that belong to them; a clip must lie inside whole."""
+        if start == 0 and stop == len(self):
+            return self
         modality = self.modality
 
         def patches(kind: int) -> slice:
-            before = int((modality[:start] == kind).sum())
-            return slice(before, before + int((modality[start:stop] == kind).sum()))
+            before = np.count_nonzero(modality[:start] == kind)
+            return slice(before, before + np.count_nonzero(modality[start:stop] == kind))
 
-        begins_clip = (modality == AUDIO) & (self.position[:, 0] == 0)
-        if any(at < len(self) and modality[at] == AUDIO and not begins_clip[at] for at in (start, stop)):
+        # A clip is a segment: where each begins is known without a look at every token of an hour's film.
+        clip_starts = self.segment_starts[modality[self.segment_starts] == AUDIO]
+        if any(at < len(self) and modality[at] == AUDIO and at not in clip_starts for at in (start, stop)):
             raise ValueError(f"the window {start} … {stop} cuts a clip")
-        first_clip = int(begins_clip[:start].sum())
-        clips = slice(first_clip, first_clip + int(begins_clip[start:stop].sum()))
-        frames = np.cumsum([0, *self.audio_frames])
+        clips = slice(*np.searchsorted(clip_starts, [start, stop]).tolist())
+        first_frame = int(self.audio_frames[: clips.start].sum())
+        last_frame = first_frame + int(self.audio_frames[clips].sum())
         starts = self.segment_starts[(self.segment_starts >= start) & (self.segment_starts < stop)] - start
         return Document(
             self.input_ids[start:stop],
@@ -76,7 +79,7 @@ class Document:
             self.loss_mask[start:stop],
             starts,
             self.image[patches(IMAGE)],
-            self.audio[frames[clips.start] : frames[clips.stop]],
+            self.audio[first_frame:last_frame],
             self.audio_frames[clips],
             self.video[patches(VIDEO)],
         )

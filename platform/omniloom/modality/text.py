@@ -1,6 +1,7 @@
 """Text becomes ids by byte-level BPE (the `tokenizers` library)."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,10 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 PLACEHOLDERS = ("<|image|>", "<|audio|>", "<|video|>")  # modality 1, 2, 3
 SPECIAL_TOKENS = (BOS, EOS, *PLACEHOLDERS)
 BYTES = 256
+PART_CHARACTERS = 1 << 18  # of a text encoded at once: the library holds 400 bytes a token meanwhile
+BETWEEN_WORDS = re.compile(r"[^\W\d_]\s[^\W\d_]")
+SURROUNDINGS = 64  # characters on each side that say whether a word begins
+MISSES = 16
 GPT2_END = "<|endoftext|>"
 
 
@@ -44,13 +49,40 @@ class TextTokenizer:
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32 (N,); no special token is ever among them."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        """Ids of `text`, int32 (N,); no special token is ever among them. A long text is encoded part by part."""
+        return np.concatenate([self._encode_short([part])[0] for part in self._parts(text)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as `encode` gives them, by as many threads as the library is allowed."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        short = iter(self._encode_short([text for text in texts if len(text) <= PART_CHARACTERS]))
+        return [next(short) if len(text) <= PART_CHARACTERS else self.encode(text) for text in texts]
+
+    def _encode_short(self, texts: list[str]) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """A text cut between words where the vocabulary's own rule for words cuts it too: the ids are the same.
+
+        Not where it changes the text first, or cuts otherwise: then the rest is one part.
+        """
+        begin = at = misses = 0
+        while misses < MISSES and self._tokenizer.normalizer is None:
+            found = BETWEEN_WORDS.search(text, max(begin + PART_CHARACTERS, at))
+            if found is None:
+                break
+            at = found.start() + 1
+            if self._begins_word(text, at):
+                yield text[begin:at]
+                begin, misses = at, 0
+            else:
+                misses += 1
+        yield text[begin:]
+
+    def _begins_word(self, text: str, at: int) -> bool:
+        rule, before = self._tokenizer.pre_tokenizer, min(at, SURROUNDINGS)
+        around = text[at - before : at + SURROUNDINGS]
+        return rule is not None and any(start == before for _, (start, _) in rule.pre_tokenize_str(around))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out."""
