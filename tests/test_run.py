@@ -189,7 +189,7 @@ def test_phases_reach_the_stream_and_an_unknown_source_is_named(
     with pytest.raises(SystemExit) as ended:
         train_smoke(workspace, "mistyped", phase.format("tone"))
     assert ended.value.code == 1
-    assert "data.phases.80.weights.tone names no source of the corpus; did you mean 'tones'?" in capsys.readouterr().err
+    assert "data.phases[0].weights.tone names no source of the corpus; did you mean 'tones'?" in capsys.readouterr().err
 
 
 def test_a_corpus_swapped_under_a_run_is_refused(smoke_run: Path, workspace: Path, capsys) -> None:

@@ -14,6 +14,7 @@ class Listed(Documents):
         self.corpora, self.split, self.held = [], "train", held or {}
         self.names = [f"source_{s}" for s in range(len(tokens))]
         self.first_S = np.cumsum([0, *map(len, tokens)])
+        self.corpus_S = np.zeros(len(tokens), int)
         self.is_streamed_S = np.ones(len(tokens), bool)
         self.tokens_S = np.array([sum(lengths) for lengths in tokens])
         self.lengths_S = [np.array([(count, True) for count in lengths], LENGTH) for lengths in tokens]

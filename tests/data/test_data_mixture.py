@@ -128,6 +128,14 @@ def test_no_weight_on_any_document_is_refused(weights: list[float], tokens: list
         take(1, Listed(tokens), np.array(weights), 0)
 
 
+def test_preference_pairs_are_never_drawn() -> None:
+    documents = Listed([[5] * 4, [5] * 4])
+    documents.is_streamed_S = np.array([True, False])
+    assert set(take(40, documents, np.ones(2), 0)) == {0, 1, 2, 3}
+    with pytest.raises(ConfigError, match="no source with a weight"):
+        take(1, documents, np.array([0.0, 1.0]), 0)
+
+
 def test_replaced_weights_go_over_the_manifests() -> None:
     weights = source_weights(["topics", "digits"], [0.7, 0.3], {"digits": 2.0}, "weights")
     assert weights.tolist() == [0.7, 2.0]

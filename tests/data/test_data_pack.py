@@ -148,12 +148,32 @@ def test_a_document_with_media_is_cut_where_it_may_and_nowhere_else(
         assert not overlap or document.modality[right.start] == 0
 
 
+def is_behind_a_medium(document: Document, at: int) -> bool:
+    return bool(document.modality[at] == 0 and document.modality[at - 1] != 0)
+
+
 @quiet
 @given(runs, st.integers(12, 40))
 def test_a_window_ends_as_late_as_it_may(parts: list[tuple[int, int]], seq_len: int) -> None:
+    """But not between a medium and its text, unless nothing else fits."""
     document = media_document(*parts)
+    before = 0
     for piece in cut(Piece(0, 0, len(document)), document, seq_len, "window")[:-1]:
-        assert not any(may_cut(document, later) for later in range(piece.stop + 1, piece.start + seq_len + 1))
+        places = [at for at in range(before + 1, piece.start + seq_len + 1) if may_cut(document, at)]
+        good = [at for at in places if not is_behind_a_medium(document, at)]
+        assert piece.stop == (good or places)[-1]
+        before = piece.stop
+
+
+@pytest.mark.parametrize("policy", ["window", "segment"])
+def test_no_label_is_lost_where_pictures_and_captions_follow_one_another(policy: str) -> None:
+    document = media_document(*[(1, 16), (0, 10)] * 20)
+    pieces = cut(Piece(0, 0, len(document)), document, 48, policy)
+    assert len(pieces) > 5
+    learned = [
+        token for piece in pieces for token in range(piece.start + 1, piece.stop) if not document.modality[token]
+    ]
+    assert learned == np.flatnonzero(document.modality == 0).tolist()
 
 
 def test_segments_are_kept_whole_where_they_fit() -> None:
@@ -168,6 +188,7 @@ def test_segments_are_kept_whole_where_they_fit() -> None:
 def test_the_overlap_is_given_up_where_the_next_picture_needs_the_whole_row() -> None:
     document = media_document((0, 5), (1, 12), (0, 3))
     assert cut(Piece(0, 0, 20), document, 12, "window") == [Piece(0, 0, 5), Piece(0, 5, 17), Piece(0, 17, 20)]
+    assert cut(Piece(0, 0, 20), document, 13, "window") == [Piece(0, 0, 5), Piece(0, 4, 17), Piece(0, 17, 20)]
 
 
 @pytest.mark.parametrize("item", [(1, 13), (2, 13)])

@@ -285,6 +285,35 @@ def test_what_an_interrupted_build_left_is_built_again(tmp_path: Path) -> None:
     assert [again[row] for row in range(300)] == expected
 
 
+@pytest.mark.parametrize("damage", ["plan.json", "pieces", "rows"])
+def test_a_plan_that_is_cut_short_is_built_again(damage: str, tmp_path: Path) -> None:
+    documents = Hashed(TOKENS)
+    made = open_plan(documents, alike(documents), 300, tmp_path)
+    expected = [made[row] for row in range(300)]
+    path = made.folder / damage
+    del made
+    path.write_bytes(path.read_bytes()[:20])
+    again = open_plan(documents, alike(documents), 300, tmp_path)
+    assert [again[row] for row in range(300)] == expected
+
+
+def test_a_finished_plan_is_opened_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = Hashed(TOKENS)
+    made = open_plan(documents, alike(documents), 300, tmp_path)
+    monkeypatch.setattr(plan_module, "FileLock", lambda *_: pytest.fail("locked"))
+    assert open_plan(documents, alike(documents), 300, tmp_path).folder == made.folder
+
+
+def test_a_corpus_is_held_out_alike_whichever_others_stand_beside_it() -> None:
+    first, both = Listed([[8] * 150, [8] * 50]), Listed([[8] * 150, [8] * 50, [6] * 90])
+    both.corpus_S = np.array([0, 0, 1])
+    alone, together = (heldout_rows(documents, SEQ_LEN, 10, "segment") for documents in (first, both))
+    assert together[: len(alone)] == alone
+    assert {both.source(piece.document) for row in together[len(alone) :] for piece in row} == {2}
+
+
 def test_a_folder_that_cannot_be_written_is_refused_with_the_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     documents = Hashed(TOKENS)

@@ -1,5 +1,6 @@
 """Shards hold documents bit for bit; a finished one is kept, anything else is written again."""
 
+import gc
 import io
 import json
 import os
@@ -25,15 +26,18 @@ from handmade import (
     text_unit,
     weave_document,
     write_shard,
+    write_shard_within,
 )
 from PIL import Image
 
+from omniloom.data.config import DecodeConfig
 from omniloom.data.corpus import Corpus, CorpusSplit, Documents
 from omniloom.data.decode import Decoders
 from omniloom.data.index import LENGTH, ShardRecord, file_sha256
 from omniloom.data.samples import write_samples
 from omniloom.data.shards import DOCUMENTS_PER_BATCH, Shard
 from omniloom.data.source import Unit
+from omniloom.data.weave import Weaver
 from omniloom.data.write import tables_path, unit_fingerprint
 from omniloom.errors import DataError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
@@ -300,6 +304,49 @@ def test_an_unfinished_shard_is_written_again(damage: object, corpus: Path, pict
     assert len(Shard(path, WIDTHS)) == 4
 
 
+def test_a_shard_with_rejects_is_written_again_under_other_limits(corpus: Path, tmp_path: Path) -> None:
+    """What was rejected for want of time may be read with more; a shard without rejects stays."""
+    save_picture(tmp_path / "a.png", 0)
+    lines = save_lines(tmp_path / "a.jsonl", [{"image": "a.png"}, {"text": "a"}], [{"image": "nowhere.png"}])
+    unit = interleaved_unit(lines)
+    first = write_shard_within(unit, corpus, TINY, DecodeConfig(seconds=1e-4, seconds_per_megabyte=0))
+    assert "decoding took over 0.0001 s (decode.seconds=0.0001" in first.rejects[0].reason
+    again = write_shard_within(unit, corpus, TINY, DecodeConfig())
+    assert (again.documents, len(again.rejects)) == (1, 1)
+    arrow = corpus / "shards" / again.file
+    written = arrow.stat().st_mtime_ns
+    assert write_shard_within(unit, corpus, TINY, DecodeConfig()) == again
+    assert arrow.stat().st_mtime_ns == written
+    save_lines(lines, [{"image": "a.png"}, {"text": "a"}])
+    whole = write_shard_within(unit, corpus, TINY, DecodeConfig())
+    assert write_shard_within(unit, corpus, TINY, DecodeConfig(seconds=77)) == whole
+
+
+def test_a_bad_medium_is_decoded_once_and_leaves_no_result_behind(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted = []
+
+    def noted(decoders: Decoders, kind: str, media: Media) -> "Future[list[Segment]]":
+        submitted.append(media.name)
+        return submit(decoders, kind, media)
+
+    submit = Decoders.submit
+    monkeypatch.setattr(Decoders, "submit", noted)
+    kept = []
+    monkeypatch.setattr(Weaver, "__del__", lambda weaver: kept.append(dict(weaver._underway)), raising=False)
+    (tmp_path / "bad.png").write_text("no picture")
+    for number in range(3):
+        save_picture(tmp_path / f"{number}.png", number)
+    documents = [[{"image": "bad.png"}, {"image": f"{i % 3}.png"}, {"text": "a"}] for i in range(40)]
+    record = write_shard(interleaved_unit(save_lines(tmp_path / "a.jsonl", *documents)), corpus, TINY)
+    assert (record.documents, len(record.rejects)) == (0, 40)
+    assert sorted(submitted) == ["0.png", "1.png", "2.png", "bad.png"]
+    gc.collect()
+    assert kept
+    assert not any(kept)
+
+
 def reject(corpus: Path, folder: Path, *segments: dict[str, object]) -> ShardRecord:
     """The record of a shard of one good document, one bad and one good."""
     good = [{"text": "good"}]
@@ -494,7 +541,7 @@ def test_two_corpora_are_one_range_of_documents(smoke: Corpus, tmp_path: Path) -
         Documents([smoke, smoke], "train")
     (tmp_path / "b.txt").write_text("blue")
     other = build(manifest, tmp_path / "other")
-    other.index.files["tokenizer.json"] = "another"
+    other.index.files["tokenizer.json"].sha256 = "another"
     with pytest.raises(DataError, match=r"tokenizers of .* differ: tokenize the second with tokenizer.path="):
         Documents([smoke, other], "train")
 
@@ -557,9 +604,22 @@ def test_a_shard_of_another_size_than_the_table_says_is_refused(smoke: Corpus) -
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "target_counts.json", "train.lengths", "heldout.shards.arrow"])
 def test_a_table_that_is_not_the_one_that_was_written_is_refused(name: str, smoke: Corpus) -> None:
+    """When the corpus is opened: packing would go on for ever with a table of lengths that is cut short."""
+    path = smoke.folder / name
+    content = path.read_bytes()
+    path.write_bytes(content + b" ")
+    with pytest.raises(DataError, match=f"{name} has {len(content) + 1:,} bytes, the index says {len(content):,}"):
+        Corpus(smoke.folder)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{name} has 0 bytes"):
+        Corpus(smoke.folder)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(smoke: Corpus) -> None:
     smoke.verify()
-    (smoke.folder / name).write_bytes((smoke.folder / name).read_bytes() + b" ")
-    with pytest.raises(DataError, match=f"{name} is missing or not the one that was written"):
+    path = smoke.folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"bos", b"BOS"))
+    with pytest.raises(DataError, match="is not the one the shards were made with"):
         Corpus(smoke.folder).verify()
 
 

@@ -309,8 +309,8 @@ def test_config_wants_exactly_one_source_of_files() -> None:
         ({"phases": phases(-8)}, "data.phases from_sample=-8 must be over 0"),
         ({"phases": phases(16, 8)}, "data.phases from_sample=8 must be over 16"),
         ({"phases": phases(8, 16, 16)}, "data.phases from_sample=16 must be over 16"),
-        ({"phases": phases(8, weight=-0.5)}, "data.phases from_sample=8.a=-0.5 must be a number of at least 0"),
-        ({"phases": phases(8, weight=float("nan"))}, "data.phases from_sample=8.a=nan"),
+        ({"phases": phases(8, weight=-0.5)}, "data.phases[0].weights.a=-0.5 must be a number of at least 0"),
+        ({"phases": phases(8, weight=float("nan"))}, "data.phases[0].weights.a=nan"),
     ],
 )
 def test_config_refuses_what_cannot_hold(keys: dict[str, Any], message: str) -> None:

@@ -89,7 +89,7 @@ def test_a_phase_declared_for_what_was_trained_is_refused(
     assert "what data.phases declare up to sample 160 must stay as it was" in said
 
 
-def test_a_corpus_of_another_vocabulary_cannot_join(workspace: Path, smoke_run: Path, more: Path) -> None:
+def test_a_runs_corpora_come_in_the_order_of_their_joining(workspace: Path, smoke_run: Path, more: Path) -> None:
     smoke = workspace / "corpora" / "smoke"
     corpora = open_corpora(smoke, DataConfig(phases=[PhaseConfig(8, append=str(more))]))
     assert [corpus.folder for corpus in corpora] == [smoke, more]

@@ -96,9 +96,9 @@ def test_logits_and_labels_of_a_packed_piece_are_those_it_has_alone(
 ) -> None:
     documents, plan, rows = packed
     # Rows of several pieces first, and those that hold a part of a long document.
-    several = [i for i, row in enumerate(plan) if len(row) > 2][:12]
-    cut = [i for i, row in enumerate(plan) if any(documents.source(p.document) == 4 for p in row)][:12]
-    assert len(several) == len(cut) == 12
+    several = [i for i, row in enumerate(plan) if len(row) > 2][:8]
+    cut = [i for i, row in enumerate(plan) if any(documents.source(p.document) == 4 for p in row)][:8]
+    assert len(several) == len(cut) == 8
     kinds = set()
     for index in {*several, *cut}:
         batch = Batch([rows[index]])

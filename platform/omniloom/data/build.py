@@ -71,7 +71,7 @@ def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], modalit
     corpus = Corpus(folder)
     corpus.verify()
     fingerprint = ray.remote(unit_fingerprint).options(num_cpus=1)
-    asked = [fingerprint.remote(unit, corpus.index.files[TOKENIZER], modality) for unit in units]
+    asked = [fingerprint.remote(unit, corpus.index.files[TOKENIZER].sha256, modality) for unit in units]
     wanted = dict(zip((unit.name for unit in units), ray.get(asked), strict=True))
     built = {
         Path(shard["file"]).stem: shard["fingerprint"]

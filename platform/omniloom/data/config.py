@@ -9,6 +9,7 @@ from omniloom.errors import ConfigError, refuse_unless_one_of
 from omniloom.modality.config import ModalityConfig, TokenizerConfig
 
 Split = Literal["train", "heldout"]
+REPLAY = 0.25
 LONG_DOCUMENTS = ("segment", "window")
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -49,8 +50,8 @@ class Manifest:
 class DecodeConfig:
     """What the decoding of one medium may take; one that takes more is a reject."""
 
-    seconds: float = 60.0
-    seconds_per_megabyte: float = 5.0  # of the file, on top
+    seconds: float = 120.0
+    seconds_per_megabyte: float = 10.0  # of the file, on top
     memory_bytes: int = 2 << 30  # address space over what the decoding process has before
 
     def check(self) -> None:
@@ -98,7 +99,12 @@ class PhaseConfig:
     weights: dict[str, float] = field(default_factory=dict)  # a source that is not named keeps its weight
     seq_len: int | None = None
     append: str | None = None  # a corpus folder: its sources join, in the proportions of its manifest
-    replay: float = 0.25  # with `append`: share of the tokens that stays with the sources before it
+    replay: float | None = None  # with `append`: share of the tokens that stays with the sources before it; else 0.25
+
+    @property
+    def replay_share(self) -> float:
+        """What stays with the sources before an appended corpus."""
+        return REPLAY if self.replay is None else self.replay
 
 
 @dataclass
@@ -132,7 +138,7 @@ class DataConfig:
         """Raise ConfigError where a size or a weight cannot hold."""
         for key, seq_len in [
             ("seq_len", self.seq_len),
-            *((self._name(p) + ".seq_len", p.seq_len) for p in self.phases),
+            *((self.name(p) + ".seq_len", p.seq_len) for p in self.phases),
         ]:
             if seq_len is not None and seq_len < 2:
                 raise ConfigError(f"a row needs a token and its successor: data.{key}={seq_len} must be at least 2")
@@ -146,12 +152,17 @@ class DataConfig:
                     f"phases begin one after the other: data.phases from_sample={after} must be over {before}"
                 )
         for phase in self.phases:
-            if not 0 <= phase.replay < 1:
+            if phase.replay is not None and phase.append is None:
                 raise ConfigError(
-                    f"data.{self._name(phase)}.replay={phase.replay} must be a share, at least 0 and under 1"
+                    f"data.{self.name(phase)}.replay={phase.replay} says what stays where a corpus joins: name that in "
+                    f"data.{self.name(phase)}.append"
+                )
+            if not 0 <= phase.replay_share < 1:
+                raise ConfigError(
+                    f"data.{self.name(phase)}.replay={phase.replay} must be a share, at least 0 and under 1"
                 )
         mappings = [("weights", self.weights), ("loss_weights", self.loss_weights)]
-        mappings += [(self._name(phase), phase.weights) for phase in self.phases]
+        mappings += [(f"{self.name(phase)}.weights", phase.weights) for phase in self.phases]
         for key, mapping in mappings:
             for name, weight in mapping.items():
                 if not 0 <= weight < float("inf"):
@@ -168,10 +179,10 @@ class DataConfig:
         for phase in self.phases:
             if phase.seq_len is not None and phase.from_sample % global_batch_size:
                 raise ConfigError(
-                    f"rows change their length between steps: data.{self._name(phase)} must be a multiple of "
-                    f"train.global_batch_size={global_batch_size}"
+                    f"rows change their length between steps: data.{self.name(phase)}.from_sample="
+                    f"{phase.from_sample} must be a multiple of train.global_batch_size={global_batch_size}"
                 )
 
-    @staticmethod
-    def _name(phase: PhaseConfig) -> str:
-        return f"phases from_sample={phase.from_sample}"
+    def name(self, phase: PhaseConfig) -> str:
+        """How errors call a phase."""
+        return f"phases[{self.phases.index(phase)}]"

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cachetools import LRUCache
 from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import SPLITS, Split
-from omniloom.data.index import LENGTH, PREFERENCE, Index, Reject, SplitRecord, file_sha256
+from omniloom.data.index import LENGTH, MOST_SOURCES, PREFERENCE, Index, Reject, SplitRecord, file_sha256
 from omniloom.data.shards import Shard
 from omniloom.errors import DataError
 from omniloom.modality.config import ModalityConfig
@@ -57,18 +58,22 @@ class Corpus:
             content = path.read_bytes()
             self.index = TypeAdapter(Index).validate_json(content)
         except ValidationError as error:
-            raise DataError(f"{path} is no corpus index: {error.errors()[0]['msg']}; tokenize again") from error
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(
+                f"{path} is no corpus index of this version: {where}: {first['msg']}; tokenize again"
+            ) from error
+        for name, table in self.index.files.items():
+            _check_size(folder / name, table.bytes)
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
         return Corpus, (self.folder,)  # another process maps the files anew
 
     def verify(self) -> None:
-        """Raise DataError unless the tables are what the index says and every shard has its size."""
-        for name, sha256 in self.index.files.items():
-            path = self.folder / name
-            if not path.is_file() or file_sha256(path) != sha256:
-                raise DataError(f"{path} is missing or not the one that was written: tokenize again")
+        """Raise DataError unless the vocabulary is the shards' own and every shard has its size."""
+        if file_sha256(self.folder / TOKENIZER) != self.index.files[TOKENIZER].sha256:
+            raise DataError(f"{self.folder / TOKENIZER} is not the one the shards were made with: tokenize again")
         for split in SPLITS:
             for shard in self.shard_table(split).to_pylist():
                 _check_size(self.folder / "shards" / shard["file"], shard["bytes"])
@@ -137,7 +142,7 @@ class CorpusSplit:
 def _check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size if path.is_file() else 0
     if size != expected:
-        raise DataError(f"shard {path} has {size:,} bytes, the index says {expected:,}: tokenize again")
+        raise DataError(f"{path} has {size:,} bytes, the index says {expected:,}: tokenize again")
 
 
 class Documents:
@@ -148,13 +153,12 @@ class Documents:
 
     def __init__(self, corpora: list[Corpus], split: Split) -> None:
         self.corpora, self.split = corpora, split
-        first, *others = corpora
-        for other in others:
-            _refuse_unlike(first, other)
+        for one, other in combinations(corpora, 2):
+            _refuse_unlike(one, other)
         self._splits = [CorpusSplit(corpus, split) for corpus in corpora]
         self.names: list[str] = []
         self.lengths_S: list[np.ndarray] = []
-        self._corpus_S: list[int] = []
+        corpus_of: list[int] = []
         self._place_S: list[int] = []  # of the source's first document within its corpus
         records: list[SplitRecord] = []
         for number, corpus in enumerate(corpora):
@@ -164,9 +168,12 @@ class Documents:
                 records.append(held)
                 self.names.append(source.name)
                 self.lengths_S.append(self._splits[number].lengths[place : place + held.documents])
-                self._corpus_S.append(number)
+                corpus_of.append(number)
                 self._place_S.append(place)
                 place += held.documents
+        if len(records) > MOST_SOURCES:
+            raise DataError(f"the corpora have {len(records)} sources in all; {MOST_SOURCES} are possible")
+        self.corpus_S = np.array(corpus_of, int)
         self.first_S = np.cumsum([0, *(record.documents for record in records)])
         self.is_streamed_S = np.array([s.format != PREFERENCE for corpus in corpora for s in corpus.index.sources])
         self.tokens_S = np.array([record.tokens for record in records])
@@ -217,7 +224,7 @@ class Documents:
     def _find(self, document: int) -> tuple[CorpusSplit, int]:
         source = self.source(document)
         place = self._place_S[source] + document - int(self.first_S[source])
-        return self._splits[self._corpus_S[source]], place
+        return self._splits[self.corpus_S[source]], place
 
 
 def _refuse_unlike(one: Corpus, other: Corpus) -> None:
@@ -227,7 +234,7 @@ def _refuse_unlike(one: Corpus, other: Corpus) -> None:
             f"{one.folder} and {other.folder} both have a source {sorted(shared)[0]}: losses and weights go by its "
             "name; rename it in one manifest and tokenize again"
         )
-    ours, theirs = one.index.files[TOKENIZER], other.index.files[TOKENIZER]
+    ours, theirs = (corpus.index.files[TOKENIZER].sha256 for corpus in (one, other))
     if ours != theirs:
         raise DataError(
             f"the tokenizers of {one.folder} ({ours[:12]}) and {other.folder} ({theirs[:12]}) differ: tokenize the "

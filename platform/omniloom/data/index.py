@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from omniloom.data.config import Split
+from omniloom.data.config import DecodeConfig, Split
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.sequence import MODALITIES
 
 # One document as packing sees it: a plain one is a single text, which may be cut anywhere.
 LENGTH = np.dtype([("tokens", "<i4"), ("plain", "?")])
 LONGEST_POWER = 31
+MOST_SOURCES = 256  # the `source` field is one byte
 PREFERENCE = "preference"  # the format whose documents are pairs of a chosen and a rejected answer
 
 
@@ -39,6 +40,7 @@ class ShardRecord:
     media_tokens: dict[str, int]  # by modality
     lengths: list[int]  # how many documents have 2^k … 2^(k+1) − 1 tokens
     rejects: list[Reject]
+    limits: DecodeConfig  # what they are rejects by
 
 
 @dataclass
@@ -81,13 +83,21 @@ class SourceRecord:
 
 
 @dataclass
+class Table:
+    """One of the corpus's own files, as it was written."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass
 class Index:
     """The corpus's table of contents: as long as its list of sources, however many documents they have."""
 
     vocab_size: int
     modality: ModalityConfig
     sources: list[SourceRecord]
-    files: dict[str, str]  # SHA-256 of the tokenizer and of the corpus's tables, by name
+    files: dict[str, Table]  # the tokenizer and the corpus's tables, by name
 
 
 def length_histogram(tokens: np.ndarray) -> list[int]:

@@ -9,9 +9,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import Manifest, SourceSpec
+from omniloom.data.index import MOST_SOURCES
 from omniloom.errors import DataError, did_you_mean
-
-MOST_SOURCES = 256  # the `source` field is one byte
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -42,7 +42,7 @@ class DocumentOrder:
     def weigh(self, weights_S: np.ndarray) -> None:
         """Set the weights, shares of tokens up to their sum; raises ConfigError where none has a document."""
         counts_S = np.diff(self._documents.first_S)
-        share_S = np.where(counts_S > 0, weights_S, 0.0)
+        share_S = np.where((counts_S > 0) & self._documents.is_streamed_S, weights_S, 0.0)
         if share_S.sum() <= 0:
             raise ConfigError("no source with a weight above 0 holds a training document: set data.weights.<source>")
         self._share_S = share_S / share_S.sum()

@@ -34,23 +34,28 @@ def windows(whole: Piece, seq_len: int) -> list[Piece]:
 def cut(whole: Piece, document: Document, seq_len: int, policy: str) -> list[Piece]:
     """A long document as pieces, none of which begins or ends inside a picture, a frame or a clip.
 
-    `window` cuts as late as it may, `segment` where the last segment that fits ends, or as `window` where none does.
-    A piece begins with the last token of the one before where that is text and the next item fits beside it, as the
-    windows of a text do. A document with an item longer than a row gives no piece.
+    `window` cuts as late as it may, `segment` where the last segment that fits ends, or as `window` where none does;
+    neither between a medium and the text behind it, unless there is no other place: that text's first token would be
+    a target that nothing predicts. A piece begins with the last token of the one before where that is text and the
+    next item fits beside it, as the windows of a text do. A document with an item longer than a row gives no piece.
     """
-    places = np.append(np.flatnonzero(_may_begin(document)), len(document))
-    segments = document.segment_starts
+    may_begin = _may_begin(document)
+    tells = (document.modality[1:] == TEXT) & (document.modality[:-1] != TEXT)  # text right behind a medium
+    good = may_begin & ~np.append(False, tells)
+    any_place, good_place = (np.append(np.flatnonzero(begins), len(document)) for begins in (may_begin, good))
+    segment = document.segment_starts[good[document.segment_starts]]
+    wanted = (segment, good_place, any_place) if policy == "segment" else (good_place, any_place)
     pieces: list[Piece] = []
     begin = cut_at = whole.start
     while cut_at < whole.stop:
-        stop = _last_between(places, cut_at, min(begin + seq_len, whole.stop))
+        upto = min(begin + seq_len, whole.stop)
+        found = (_last_between(places, cut_at, upto) for places in wanted)
+        stop = whole.stop if upto == whole.stop else next((place for place in found if place is not None), None)
         if stop is None and begin < cut_at:
             begin = cut_at
             continue
         if stop is None:
             return []
-        if policy == "segment" and stop < whole.stop:
-            stop = _last_between(segments, cut_at, stop) or stop
         pieces.append(Piece(whole.document, begin, stop))
         cut_at = stop
         begin = stop - 1 if document.modality[stop - 1] == TEXT else stop

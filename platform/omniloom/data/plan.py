@@ -19,6 +19,7 @@ from tqdm import tqdm
 from omniloom.data.corpus import Documents
 from omniloom.data.mixture import DocumentOrder
 from omniloom.data.pack import PIECE, Packer, Piece, cut, pack, windows
+from omniloom.data.shuffle import shuffled
 from omniloom.errors import DataError
 
 SHUFFLED_ROWS = 256  # rows are shuffled in blocks of this size: a long document fills many in a row
@@ -94,6 +95,8 @@ def open_plan(documents: Documents, schedule: Schedule, rows: int, folder: Path)
     Raises DataError where nothing can be written there.
     """
     key = plan_key(documents, schedule)
+    if (finished := _finished(folder, key, rows)) is not None:
+        return finished
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{key}.lock").touch()
@@ -102,10 +105,20 @@ def open_plan(documents: Documents, schedule: Schedule, rows: int, folder: Path)
             f"no packing plan can be written to {folder} ({error.strerror}): set data.plans=<folder>"
         ) from error
     with FileLock(folder / f"{key}.lock"):
-        for finished in folder.glob(f"{key}-*/plan.json"):
-            if int(finished.parent.name.rpartition("-")[2]) >= rows:
-                return Plan(finished.parent)
-        return _build(documents, schedule, rows, key, folder / f"{key}-{rows}")
+        finished = _finished(folder, key, rows)  # by whoever held the lock
+        return finished or _build(documents, schedule, rows, key, folder / f"{key}-{rows}")
+
+
+def _finished(folder: Path, key: str, rows: int) -> Plan | None:
+    """A plan of that key that is long enough, or None; one that is cut short counts as not built."""
+    for record in sorted(folder.glob(f"{key}-*/plan.json")):
+        try:
+            plan = Plan(record.parent)
+        except (OSError, ValueError):  # of pydantic's, and of a file shorter than the record says
+            continue
+        if len(plan) >= rows:
+            return plan
+    return None
 
 
 def plan_key(documents: Documents, schedule: Schedule) -> str:
@@ -177,8 +190,8 @@ class Stream:
             self._packer = Packer(phase.seq_len)
             for first in range(phase.first_row, end, SHUFFLED_ROWS):
                 block = [self._next_row() for _ in range(SHUFFLED_ROWS)]
-                order = np.random.default_rng([self._schedule.seed, first]).permutation(SHUFFLED_ROWS)
-                shown = [block[i] for i in order]
+                order = shuffled(np.arange(SHUFFLED_ROWS), SHUFFLED_ROWS, self._schedule.seed, first)
+                shown = [block[i] for i in order.tolist()]
                 yield shown[: end - first]
                 self._unshown = shown[end - first :]
             self._put_back()
@@ -223,8 +236,18 @@ def cut_document(documents: Documents, whole: Piece, seq_len: int, policy: str) 
 
 
 def heldout_rows(documents: Documents, seq_len: int, rows: int, policy: str) -> list[list[Piece]]:
-    """About `rows` rows of held-out documents, each at most once, an equal share of the tokens to every source."""
-    sources = np.flatnonzero(np.diff(documents.first_S) * documents.is_streamed_S)
+    """About `rows` rows of held-out documents of each corpus, an equal share of the tokens to every source of it.
+
+    Each document comes at most once, and a corpus has the same rows whichever others stand beside it.
+    """
+    made: list[list[Piece]] = []
+    usable_S = (np.diff(documents.first_S) > 0) & documents.is_streamed_S
+    for corpus in np.unique(documents.corpus_S):
+        made += _heldout_of(documents, np.flatnonzero(usable_S & (documents.corpus_S == corpus)), seq_len, rows, policy)
+    return made
+
+
+def _heldout_of(documents: Documents, sources: np.ndarray, seq_len: int, rows: int, policy: str) -> list[list[Piece]]:
     chosen: list[Piece] = []
     for source in sources:
         left = rows * seq_len / len(sources)

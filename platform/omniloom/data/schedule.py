@@ -7,8 +7,10 @@ import numpy as np
 
 from omniloom.data.config import DataConfig
 from omniloom.data.corpus import Corpus
+from omniloom.data.index import PREFERENCE
 from omniloom.data.mixture import source_weights
 from omniloom.data.plan import Phase, Schedule
+from omniloom.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ def read_schedule(corpora: list[Corpus], data: DataConfig, seed: int) -> Schedul
     Where a corpus is appended, the sources before it keep `replay` of the tokens in their proportions, and its own
     share the rest as its manifest weighs them.
     """
+    _refuse_pairs(corpora, data)
     names = [source.name for corpus in corpora for source in corpus.index.sources]
     first, *others = (np.array([source.weight for source in corpus.index.sources]) for corpus in corpora)
     known = len(first)
@@ -39,16 +42,27 @@ def read_schedule(corpora: list[Corpus], data: DataConfig, seed: int) -> Schedul
     for phase in data.phases:
         if phase.append:
             own = others.pop(0)
-            weights[:known] *= phase.replay / max(weights[:known].sum(), 1e-300)
-            weights[known : known + len(own)] = own * (1 - phase.replay) / max(own.sum(), 1e-300)
+            weights[:known] *= phase.replay_share / max(weights[:known].sum(), 1e-300)
+            weights[known : known + len(own)] = own * (1 - phase.replay_share) / max(own.sum(), 1e-300)
             known += len(own)
-        replaced = source_weights(
-            names[:known], weights[:known].tolist(), phase.weights, f"phases.{phase.from_sample}.weights"
-        )
+        replaced = source_weights(names[:known], weights[:known].tolist(), phase.weights, f"{data.name(phase)}.weights")
         weights[:known] = replaced
         seq_len = phase.seq_len or seq_len
         phases.append(Phase(phase.from_sample, tuple(weights.tolist()), seq_len))
     return Schedule(tuple(phases), seed, data.long_documents)
+
+
+def _refuse_pairs(corpora: list[Corpus], data: DataConfig) -> None:
+    pairs = {source.name for corpus in corpora for source in corpus.index.sources if source.format == PREFERENCE}
+    for key, weights in [
+        ("weights", data.weights),
+        *((data.name(phase) + ".weights", phase.weights) for phase in data.phases),
+    ]:
+        if named := sorted(pairs & weights.keys()):
+            raise ConfigError(
+                f"data.{key}.{named[0]}: a source of preference pairs stays out of the stream: half of its answers are "
+                "no examples"
+            )
 
 
 def loss_weights(corpora: list[Corpus], data: DataConfig) -> list[float]:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from omniloom.data.config import SPLITS, Manifest, SourceSpec
 from omniloom.data.corpus import INDEX, REJECTS, SHARD_TABLE, TARGETS, TOKENIZER, lengths_file, shards_file
-from omniloom.data.index import PREFERENCE, Index, Reject, ShardRecord, SourceRecord, file_sha256
+from omniloom.data.index import PREFERENCE, Index, Reject, ShardRecord, SourceRecord, Table, file_sha256
 from omniloom.data.write import tables_path
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.text import load_tokenizer
@@ -37,7 +37,8 @@ def write_index(corpus: Path, manifest: Manifest, records: list[ShardRecord], mo
                 lines.write(TypeAdapter(Reject).dump_json(reject) + b"\n")
     (corpus / TARGETS).write_text(json.dumps(targets.tolist()))
     names = [TOKENIZER, TARGETS, REJECTS, *(name(split) for split in SPLITS for name in (shards_file, lengths_file))]
-    index = Index(vocab_size, modality, list(sources.values()), {name: file_sha256(corpus / name) for name in names})
+    tables = {name: Table(file_sha256(corpus / name), (corpus / name).stat().st_size) for name in names}
+    index = Index(vocab_size, modality, list(sources.values()), tables)
     (corpus / INDEX).write_bytes(TypeAdapter(Index).dump_json(index, indent=1))
 
 

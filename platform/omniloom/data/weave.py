@@ -19,7 +19,7 @@ WINDOW_MEDIA, WINDOW_MEDIA_BYTES = 16, 64 << 20
 MEDIA_KEPT_BYTES = 64 << 20
 
 Medium = tuple[str, Media]
-Begun = tuple[RawDocument, list[Segment | Medium] | DataError]
+Begun = tuple[RawDocument, list[Segment | Medium | DataError]]
 
 
 class Weaver:
@@ -28,7 +28,7 @@ class Weaver:
     def __init__(self, tokenizer: TextTokenizer, decoders: Decoders) -> None:
         self._tokenizer, self._decoders, self._modality = tokenizer, decoders, decoders.config
         self._underway: dict[Medium, Future[list[Segment]]] = {}
-        self._kept: LRUCache[Medium, list[Segment]] = LRUCache(MEDIA_KEPT_BYTES, getsizeof=_content_bytes)
+        self._kept: LRUCache[Medium, list[Segment] | DataError] = LRUCache(MEDIA_KEPT_BYTES, getsizeof=_kept_bytes)
 
     def weave(self, raws: Iterable[RawDocument]) -> Iterator[tuple[RawDocument, Document | DataError]]:
         """Each raw document, in order, with its document or the reason why it cannot be used."""
@@ -45,8 +45,7 @@ class Weaver:
         ids = iter(self._tokenizer.encode_batch(texts))
         begun: list[Begun] = []
         for raw in raws:
-            parts: list[Segment | Medium] = []
-            problem = DataError(raw.problem) if raw.problem is not None else None
+            parts: list[Segment | Medium | DataError] = [DataError(raw.problem)] if raw.problem is not None else []
             for part in raw.segments:
                 if isinstance(part.content, str):
                     parts.append(text_segment(next(ids), part.is_target))
@@ -54,8 +53,8 @@ class Weaver:
                 try:
                     parts.append(self._submit(part.kind, part.content))
                 except DataError as error:
-                    problem = problem or error
-            begun.append((raw, problem or parts))
+                    parts.append(error)
+            begun.append((raw, parts))
         return begun
 
     def _submit(self, kind: str, content: Media | RemoteMedia) -> Medium:
@@ -69,31 +68,36 @@ class Weaver:
 
     def _finish(self, begun: list[Begun]) -> Iterator[tuple[RawDocument, Document | DataError]]:
         for raw, parts in begun:
-            try:
-                if isinstance(parts, DataError):
-                    raise parts
-                segments: list[Segment] = []
-                for part in parts:
-                    segments += [part] if isinstance(part, Segment) else self._decoded(part)
-                tokenizer = self._tokenizer
-                yield (
-                    raw,
-                    weave(
-                        segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, self._modality.widths
-                    ),
-                )
-            except DataError as error:
-                yield raw, error
+            segments: list[Segment] = []
+            problems: list[DataError] = []
+            for part in parts:  # all of them, also behind a problem: no result stays behind
+                outcome = self._decoded(part) if isinstance(part, tuple) else part
+                if isinstance(outcome, DataError):
+                    problems.append(outcome)
+                else:
+                    segments += [outcome] if isinstance(outcome, Segment) else outcome
+            tokenizer, widths = self._tokenizer, self._modality.widths
+            yield (
+                raw,
+                problems[0]
+                if problems
+                else weave(segments, tokenizer.bos_id, tokenizer.eos_id, tokenizer.placeholder_ids, widths),
+            )
 
-    def _decoded(self, medium: Medium) -> list[Segment]:
+    def _decoded(self, medium: Medium) -> list[Segment] | DataError:
+        """A medium's segments, or why it has none: that is kept, too, as it may have taken long to find out."""
         if medium in self._kept:
             return self._kept[medium]
         # It may have been kept when its document was begun, and crowded out since.
         future = self._underway.pop(medium, None) or self._decoders.submit(*medium)
-        segments = future.result()
-        if _content_bytes(segments) <= MEDIA_KEPT_BYTES:
-            self._kept[medium] = segments
-        return segments
+        outcome: list[Segment] | DataError
+        try:
+            outcome = future.result()
+        except DataError as error:
+            outcome = error
+        if _kept_bytes(outcome) <= MEDIA_KEPT_BYTES:
+            self._kept[medium] = outcome
+        return outcome
 
 
 def _windows(raws: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
@@ -120,5 +124,5 @@ def _windows(raws: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
         yield window
 
 
-def _content_bytes(segments: list[Segment]) -> int:
-    return sum(segment.content.nbytes for segment in segments)
+def _kept_bytes(outcome: list[Segment] | DataError) -> int:
+    return 1_000 if isinstance(outcome, DataError) else sum(segment.content.nbytes for segment in outcome)

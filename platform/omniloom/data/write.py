@@ -27,11 +27,15 @@ from omniloom.modality.text import TextTokenizer, load_tokenizer
 
 TRIMMED_BYTES = 64 << 20  # of documents, after which free memory is given back
 
+VERSION = 1  # of what readers, decoders and weaving make of a file: counted up with every change of it
+
 
 def unit_fingerprint(unit: Unit, tokenizer_sha256: str, modality: ModalityConfig) -> str:
     """A hash of everything a shard depends on, media included; files count by path, size and time of change."""
     files = unit_state(unit)
-    return hashlib.sha256(json.dumps([asdict(unit), files, tokenizer_sha256, asdict(modality)]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([VERSION, asdict(unit), files, tokenizer_sha256, asdict(modality)]).encode()
+    ).hexdigest()
 
 
 def tables_path(record_path: Path) -> Path:
@@ -70,7 +74,8 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: Deco
     fingerprint = unit_fingerprint(unit, tokenizer_sha256, modality)
     record_path = corpus / "shards" / f"{unit.name}.json"
     done = read_record(record_path)
-    if done is not None and done.fingerprint == fingerprint:
+    # Other limits may let through what they rejected; a document that was read is the same under any.
+    if done is not None and done.fingerprint == fingerprint and (not done.rejects or done.limits == limits):
         return done
     record_path.unlink(missing_ok=True)
     path = record_path.with_suffix(".arrow")
@@ -113,6 +118,7 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: Deco
         media_tokens=dict(zip(MODALITIES[1:], tokens[1:].tolist(), strict=True)),
         lengths=length_histogram(table["tokens"]),
         rejects=rejects,
+        limits=limits,
     )
     record_path.write_bytes(TypeAdapter(ShardRecord).dump_json(record, indent=1))
     return record

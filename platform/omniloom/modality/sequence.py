@@ -40,7 +40,7 @@ class Document:
     modality: np.ndarray  # uint8 (N,)
     position: np.ndarray  # int32 (N, 3)
     loss_mask: np.ndarray  # uint8 (N,)
-    segment_starts: np.ndarray  # int32 (segments,), the first token of each, in order
+    segment_starts: np.ndarray  # int32 (segments,), the first token of each that has one, in order
     image: np.ndarray  # uint8 (N_image, P)
     audio: np.ndarray  # float16 (frames of all clips, M)
     audio_frames: np.ndarray  # int32 (clips,)
@@ -140,7 +140,7 @@ def weave(
         modality=modality,
         position=position,
         loss_mask=loss_mask,
-        segment_starts=starts_S[:-1],
+        segment_starts=starts_S[:-1][np.diff(starts_S) > 0],
         image=media(IMAGE, np.zeros((0, widths.image), np.uint8)),
         audio=media(AUDIO, np.zeros((0, widths.audio), np.float16)),
         audio_frames=np.array([len(s.content) for s in segments if s.modality == AUDIO], np.int32),
@@ -153,7 +153,10 @@ def _joined(parts: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
     parts = [part for part in parts if len(part)]
     if not parts:
         return empty
-    follow = all(a.ctypes.data + a.nbytes == b.ctypes.data and a.base is b.base for a, b in pairwise(parts))
+    follow = parts[0].base is not None and all(
+        a.base is b.base and a.flags.c_contiguous and a.ctypes.data + a.nbytes == b.ctypes.data
+        for a, b in pairwise(parts)
+    )
     if not follow:
         return np.concatenate(parts)
     return np.lib.stride_tricks.as_strided(parts[0], (sum(map(len, parts)), *parts[0].shape[1:]), writeable=False)

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.corpus import Corpus
 from omniloom.data.index import file_sha256
@@ -33,7 +33,7 @@ class State:
     ranks: int
     zero_stage: int
     corpora: list[str]  # SHA-256 of each, in the order in which they joined
-    batch_hash: str = ""
+    batch_hash: str
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -73,7 +73,7 @@ def fork(source: Place, run_folder: Path) -> None:
     complete = complete_checkpoints(source.path)
     checkpoint = complete[-1] if complete else source.path
     verify(checkpoint)
-    step = TypeAdapter(State).validate_json((checkpoint / "state.json").read_bytes()).step
+    step = _read_state(checkpoint).step
     folder = step_folder(run_folder, step)
     partial = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -109,12 +109,23 @@ def verify(folder: Path) -> None:
 def newest_state(run_folder: Path) -> State | None:
     """The state of the newest complete checkpoint, or None where there is none."""
     complete = complete_checkpoints(run_folder)
-    return None if not complete else TypeAdapter(State).validate_json((complete[-1] / "state.json").read_bytes())
+    return _read_state(complete[-1]) if complete else None
+
+
+def _read_state(folder: Path) -> State:
+    try:
+        return TypeAdapter(State).validate_json((folder / "state.json").read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{folder / 'state.json'} is none of this version ({'.'.join(map(str, first['loc']))}: {first['msg']}): "
+            "start another run="
+        ) from error
 
 
 def resume(engine: Engine, corpora: list[Corpus], run_folder: Path) -> State:
     """Load the newest complete checkpoint into the engine; a run without one starts at step 0."""
-    fresh = State(0, 0, 0, engine.ranks, engine.zero_stage, [corpus.sha256 for corpus in corpora])
+    fresh = State(0, 0, 0, engine.ranks, engine.zero_stage, [corpus.sha256 for corpus in corpora], "")
     state = newest_state(run_folder)
     if state is None:
         return fresh

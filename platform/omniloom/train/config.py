@@ -204,6 +204,8 @@ class TrainingRun:
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
                 f"{train.micro_batch_size} × cluster.workers={ranks} = {train.micro_batch_size * ranks}"
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must not be negative")
         self.data.check_steps(train.global_batch_size)
         self.check_context()
         self.parallel.check()
