@@ -35,6 +35,12 @@ def show_corpus(folder: Path, settings: ShowSettings) -> None:
     corpora, data, row = open_corpora(folder, settings.data), settings.data, settings.row
     split = next(split for split in SPLITS if split == settings.split)
     documents = Documents(corpora, split)
+    if not documents.streamed:
+        if settings.json:
+            print(json.dumps(corpus_facts(corpora[0]) | {"plan": None, "row": None}))
+        else:
+            print_corpus(terminal(), corpora[0], rejects_by_reason(corpora[0]))
+        return
     schedule, plan, seq_len = read_schedule(corpora, data, settings.seed), None, data.seq_len
     if settings.document is not None:
         pieces = [whole_document(documents, split, settings.document)]

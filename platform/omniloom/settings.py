@@ -241,7 +241,7 @@ class ShowSettings:
             places = ", ".join(self.corpora()) or "none"
             raise ConfigError(f"name a corpus or a run: omniloom show CORPUS | RUN; corpora here are {places}")
         refuse_unless_one_of("split", self.split, SPLITS)
-        for key in ("row", "document", "val_rows"):
+        for key in ("row", "document", "val_rows", "seed"):
             value, least = getattr(self, key), int(key == "val_rows")
             if value is not None and value < least:
                 raise ConfigError(f"{key}={value} must be at least {least}")

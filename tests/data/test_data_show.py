@@ -255,6 +255,17 @@ def test_the_verb_draws_a_row_or_gives_it_as_json(corpus: Corpus, plan: Plan) ->
     assert sorted(path.name for path in corpus.folder.iterdir() if path.is_dir()) == ["shards"]
 
 
+def test_a_corpus_of_preference_pairs_is_counted_and_has_no_row(tmp_path: Path) -> None:
+    pairs = [{"prompt": "red?", "chosen": "yes", "rejected": "no"}] * 3
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "corpus.yaml").write_text("sources: {pairs: {format: preference, train: [a.jsonl]}}")
+    build(tmp_path / "corpus.yaml", tmp_path / "corpus")
+    drawn = omniloom(tmp_path, "corpus")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "preference" in drawn.stdout
+    assert "training stream" not in drawn.stdout
+
+
 def test_the_verb_shows_one_document_whole_and_held_out_rows(corpus: Corpus) -> None:
     home = corpus.folder.parents[1]
     document = omniloom(home, "corpora/mine", "document=0", "--json")

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import train_smoke
 from omniloom.cli import run_verb
 from omniloom.data.config import DataConfig, PhaseConfig
+from omniloom.data.index import SourceRecord
 from omniloom.data.schedule import appended, open_corpora, read_schedule
 from omniloom.errors import ConfigError
 from omniloom.train.forgetting import forgetting
@@ -109,6 +111,18 @@ def test_weights_at_a_joining_are_shares(smoke_run: Path, workspace: Path, more:
     early = DataConfig(phases=[PhaseConfig(8, weights={"numbers": 1.0}), PhaseConfig(40, append=str(more))])
     with pytest.raises(ConfigError, match="numbers names no source of the corpus"):
         read_schedule(corpora, early, 0)
+
+
+def test_preference_pairs_are_given_no_weight(tmp_path: Path) -> None:
+    record = SourceRecord("pairs", 0.0, 1.0, "preference")
+    corpus = SimpleNamespace(index=SimpleNamespace(sources=[SourceRecord("words", 1.0, 1.0), record]))
+    with pytest.raises(
+        ConfigError, match=r"data\.weights\.pairs: a source of preference pairs stays out of the stream"
+    ):
+        read_schedule([corpus], DataConfig(weights={"pairs": 1.0}), 0)
+    phases = [PhaseConfig(8, weights={"pairs": 1.0})]
+    with pytest.raises(ConfigError, match=r"data\.phases\[0\]\.weights\.pairs"):
+        read_schedule([corpus], DataConfig(phases=phases), 0)
 
 
 def test_forgetting_is_read_off_the_runs_own_metrics(tmp_path: Path) -> None:

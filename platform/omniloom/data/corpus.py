@@ -203,6 +203,11 @@ class Documents:
         """The sizes of media of all of them."""
         return self.corpora[0].index.modality
 
+    @property
+    def streamed(self) -> int:
+        """How many of them may come in a stream: preference pairs do not."""
+        return int(np.diff(self.first_S)[self.is_streamed_S].sum())
+
     def source(self, document: int) -> int:
         """The number of its source."""
         return int(np.searchsorted(self.first_S, document, side="right")) - 1

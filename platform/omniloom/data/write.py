@@ -1,6 +1,5 @@
 """A unit of files becomes one shard: its documents are woven in order, what cannot be used is skipped and named."""
 
-import ctypes
 import hashlib
 import json
 import tempfile
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.config import DecodeConfig
 from omniloom.data.decode import shared_decoders
+from omniloom.data.heap import trim_heap
 from omniloom.data.index import LENGTH, Reject, ShardRecord, file_sha256, length_histogram
 from omniloom.data.readers import read_documents, unit_state
 from omniloom.data.shards import count_by_modality, is_plain, target_ids, write_documents
@@ -59,14 +59,6 @@ def _tokenizer(path: Path, sha256: str) -> TextTokenizer:
     return load_tokenizer(path)
 
 
-def _trim_heap() -> None:
-    """Give back what is free: jemalloc as workers have it (cluster.local) joins no freed pieces unless it is asked to,
-    and a worker would grow by every shard."""
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "mallctl"):
-        allocator.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))  # of all arenas
-
-
 def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: DecodeConfig) -> ShardRecord:
     """Read a unit's files, media included, and write its shard; a finished shard of the same input is kept."""
     tokenizer_sha256 = file_sha256(corpus / "tokenizer.json")
@@ -96,13 +88,13 @@ def write_shard(unit: Unit, corpus: Path, modality: ModalityConfig, limits: Deco
     for document in write_documents(path, usable()):
         held += document.nbytes
         if held > TRIMMED_BYTES:
-            _trim_heap()
+            trim_heap()  # Ray's jemalloc joins no freed pieces unasked: a worker would grow by every shard
             held = 0
         lengths.append(len(document))
         plain.append(is_plain(document))
         tokens += count_by_modality(document)
         np.add.at(targets, target_ids(document), 1)
-    _trim_heap()
+    trim_heap()
     table = np.zeros(len(lengths), LENGTH)
     table["tokens"], table["plain"] = lengths, plain
     np.savez(tables_path(record_path), lengths=table, targets=targets)

@@ -1,6 +1,5 @@
 """DeepSpeed: the one place that knows it. Our configuration in, a sharded engine out."""
 
-import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from omniloom.data.heap import trim_heap
 from omniloom.train.config import TrainingRun
 from omniloom.train.optimizer import deepspeed_section, parameter_groups
 from omniloom.train.precision import (
@@ -70,7 +70,7 @@ class Engine:
             model_parameters=parameter_groups(module, run.optimizer),
             config=deepspeed_config(run, self.ranks, sum(p.numel() for p in module.parameters())),
         )
-        _trim_heap()
+        trim_heap()  # what building and sharding the model has freed lies in holes that fit little else
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.zero_stage = run.parallel.zero_stage
@@ -175,15 +175,6 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
-
-
-def _trim_heap() -> None:
-    """Give back what building and sharding the model has freed: it lies in holes that fit little else."""
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "mallctl"):  # jemalloc
-        allocator.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))  # of all arenas
-    elif hasattr(allocator, "malloc_trim"):
-        allocator.malloc_trim(0)
 
 
 def shut_down() -> None:
