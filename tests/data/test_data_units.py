@@ -104,6 +104,22 @@ def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         units(tmp_path, "text")
 
 
+def test_a_link_keeps_its_name_and_hides_no_file_from_the_other_split(tmp_path: Path) -> None:
+    """As the caches of Hugging Face, git-annex and DVC lay them out: what a link points to has no extension."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot" / "d").mkdir(parents=True)
+    lines = b'{"file": "d/b.png", "text": "by its line"}\n'
+    for name, data in {"a.png": b"a", "a.txt": b"by its name", "d/b.png": b"b", "captions.jsonl": lines}.items():
+        blob = tmp_path / "blobs" / name.replace("/", "").replace(".", "")
+        blob.write_bytes(data)
+        (tmp_path / "snapshot" / name).symlink_to(blob)
+    found = [document for unit in units(tmp_path, "folder", "snapshot") for document in read_documents(unit)]
+    assert [document.problem for document in found] == [None, None]
+    assert [document.segments[1].content for document in found] == ["by its name", "by its line"]
+    with pytest.raises(DataError, match=r"snapshot/a.png is both trained on and held out \(1 such\)"):
+        units(tmp_path, "text", "snapshot/a.png", heldout=["blobs/apng"])
+
+
 def test_the_sources_keys_go_with_its_units(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "b"}')
     (unit,) = units(tmp_path, text_key="body", limit_document_bytes=100)

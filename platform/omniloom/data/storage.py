@@ -68,7 +68,8 @@ def store_of(url: str) -> Any:
 def match_files(base: Path, pattern: str, enters_folders: bool = False) -> dict[str, int]:
     """Sizes of the files that a pattern names, by path or URL; also of those under the folders it names, if asked.
 
-    Raises ValueError for a pattern that cannot be read, DataError for no store, ClusterError for one that fails.
+    A link keeps its own name: in content-addressed caches what it points to has no extension. Raises ValueError for a
+    pattern that cannot be read, DataError for no store, ClusterError for one that fails.
     """
     path = local_path(pattern)
     if path is None:
@@ -90,7 +91,12 @@ def match_files(base: Path, pattern: str, enters_folders: bool = False) -> dict[
         raise ValueError(str(error)) from error
     if enters_folders:
         matched = [file for entry in matched for file in (entry.rglob("*") if entry.is_dir() else [entry])]
-    return {str(file.resolve()): file.stat().st_size for file in matched if file.is_file()}
+    return {os.path.abspath(file): file.stat().st_size for file in matched if file.is_file()}
+
+
+def real_name(file: str) -> str:
+    """What a file is called once links are followed; a store has none."""
+    return os.path.realpath(file) if local_path(file) is not None else file
 
 
 def names_in(folder: str) -> frozenset[str]:

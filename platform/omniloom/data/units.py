@@ -17,7 +17,7 @@ from omniloom.data.readers import is_table
 from omniloom.data.readers.media import METADATA_EXTENSIONS, METADATA_STEMS, media_kind, sidecar
 from omniloom.data.readers.tables import row_group_bytes
 from omniloom.data.source import Unit
-from omniloom.data.storage import compression_of, local_path, match_files, names_in
+from omniloom.data.storage import compression_of, local_path, match_files, names_in, real_name
 from omniloom.errors import DataError
 
 LEAST_UNIT_BYTES, UNIT_BYTES = 1 << 20, 64 << 20
@@ -35,7 +35,8 @@ def list_units(manifest: Manifest, folder: Path) -> list[Unit]:
     units: list[Unit] = []
     for name, source in manifest.sources.items():
         files = {split: _matching_files(folder, name, split, source) for split in SPLITS}
-        both = sorted(files["train"].keys() & files["heldout"].keys())
+        heldout = set(map(real_name, files["heldout"]))
+        both = [file for file in files["train"] if real_name(file) in heldout]
         if both:
             raise DataError(
                 f"source {name}: {both[0]} is both trained on and held out ({len(both)} such): mend its patterns"

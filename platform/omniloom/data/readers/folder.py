@@ -70,7 +70,7 @@ def _captions(file: str, reading: Reading, problems: list[str]) -> Iterator[tupl
             if text is None:
                 raise ValueError(f"no text for {name}")
             path = beside(file, text_of(name, "file"))
-            yield os.path.realpath(path) if local_path(file) is not None else path, text
+            yield os.path.abspath(path) if local_path(file) is not None else path, text
         except (ValueError, TypeError, AttributeError) as error:
             problems.append(f"{file.rpartition('/')[2]}: {said(error)}")
 
