@@ -5,13 +5,19 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from handmade import save_picture
 from read_raw import parts, read, texts
 
-from omniloom.data.readers import read_documents
+from omniloom.data.config import Manifest, SourceSpec
+from omniloom.data.readers import read_documents, unit_state
+from omniloom.data.readers.media import MEDIA_KINDS
+from omniloom.data.source import Unit
+from omniloom.data.units import list_units
+from omniloom.modality import audio, video
 
 
 def test_rows_of_media_read_by_bytes_by_path_and_by_struct(tmp_path: Path) -> None:
@@ -113,6 +119,17 @@ def test_members_of_one_key_are_a_sample_media_first(tmp_path: Path) -> None:
         assert five.problem == "no member of a known extension"
 
 
+def test_every_container_that_a_decoder_opens_is_a_medium_by_its_name() -> None:
+    # What FFmpeg does not list itself: they are its ogg, mp4 and aac by other names.
+    others = {"oga": "ogg", "opus": "ogg", "ogv": "ogg", "m4v": "mp4"}
+    for kind, containers in (("audio", audio.CONTAINERS), ("video", video.CONTAINERS)):
+        opened = set().union(*(av.ContainerFormat(name).extensions for name in containers.split(",")))
+        assert {others.get(name, name) for name, of in MEDIA_KINDS.items() if of == kind} <= opened
+    for name in (audio.CONTAINERS + "," + video.CONTAINERS).split(","):
+        extensions = av.ContainerFormat(name).extensions
+        assert {others.get(extension, extension) for extension in MEDIA_KINDS} & extensions, name
+
+
 def test_a_members_name_that_is_not_utf_8_can_be_told(tmp_path: Path) -> None:
     member = header("a.X.png", f"{0:011o}\0").replace(b"a.X", b"a.\xff")
     member = member[:148] + b"%06o\0 " % (sum(member[:148]) + sum(member[156:]) + 8 * 32) + member[156:]
@@ -130,9 +147,11 @@ def test_a_members_name_that_is_not_utf_8_can_be_told(tmp_path: Path) -> None:
         ([("a.png", b""), ("a.json", b"{")], "not JSON"),
         ([("a.png", b""), ("a.json", b"[]")], "a record is a mapping with a text"),
         ([("a.png", b""), ("a.json", b"[" * 100_000)], "nested too deep"),
+        ([("a.bmp", b"b"), ("a.txt", b"c")], "not a medium: .bmp is not read; known are jpg, jpeg"),
+        ([("a.png", b"b"), ("a.depth.NPY", b"b"), ("a.json", b'{"text": "c"}')], "not a medium: .npy is not read"),
         ([("a.png", b"b" * 60), ("a.txt", b"c" * 60)], "over limit_document_bytes=100"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_a_sample_that_is_no_document_says_why(members: list[tuple[str, bytes]], reason: str, tmp_path: Path) -> None:
     file = tar(tmp_path / "a.tar", [*members, ("b.txt", b"good")])
@@ -210,10 +229,11 @@ def write(folder: Path, **files: str | bytes) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def test_a_medium_takes_the_text_beside_it(tmp_path: Path) -> None:
-    from omniloom.data.config import Manifest, SourceSpec
-    from omniloom.data.units import list_units
+def folder_units(folder: Path, *patterns: str, **keys: Any) -> list[Unit]:
+    return list_units(Manifest({"a": SourceSpec("folder", list(patterns), **keys)}), folder)
 
+
+def test_a_medium_takes_the_text_beside_it(tmp_path: Path) -> None:
     write(
         tmp_path,
         photos__a_dot_jpg=b"a",
@@ -228,7 +248,10 @@ def test_a_medium_takes_the_text_beside_it(tmp_path: Path) -> None:
         sound__metadata_dot_csv='file_name,text\ndeep/d.wav,"a, b"\n',
         sound__transcripts_dot_tsv="file\ttranscript\ndeep/e.mp3\tc d\n",
     )
-    (unit,) = list_units(Manifest({"a": SourceSpec("folder", ["photos", "sound/**/*"])}), tmp_path)
+    unit, lines = folder_units(tmp_path, "photos", "sound/**/*")
+    (bad,) = read_documents(lines)
+    assert bad.name.startswith(f"{tmp_path}/photos/captions.jsonl@")
+    assert "JSONDecodeError" in bad.problem
     found = {Path(document.name).name: document for document in read_documents(unit)}
     assert list(found) == ["a.jpg", "b.png", "c.png", "d.wav", "e.mp3"]
     root = tmp_path.resolve()
@@ -237,7 +260,41 @@ def test_a_medium_takes_the_text_beside_it(tmp_path: Path) -> None:
     assert parts(found["d.wav"]) == [("audio", root / "sound/deep/d.wav"), ("text", "a, b")]
     assert parts(found["e.mp3"])[1] == ("text", "c d")
     assert found["c.png"].problem.startswith("no caption: neither a .txt of its name nor a line of captions|metadata")
-    assert "captions.jsonl: JSONDecodeError" in found["c.png"].problem
+    assert "captions.jsonl@85: JSONDecodeError" in found["c.png"].problem
+
+
+def test_files_that_are_no_media_are_rejects(tmp_path: Path) -> None:
+    """But not what systems and tools leave beside them."""
+    write(tmp_path, a_dot_bmp=b"a", a_dot_txt="red", b_dot_png=b"b", b_dot_txt="blue", HASH=b"h")
+    write(tmp_path, README_dot_md="", _dot_DS_Store="", labels_dot_json="", LICENSE="", _dot_git__x="")
+    problems = {Path(d.name).name: d.problem for unit in folder_units(tmp_path, "*") for d in read_documents(unit)}
+    assert list(problems) == ["HASH", "a.bmp", "b.png"]
+    assert problems["HASH"].startswith("not a medium: a file without an extension is not read; known are jpg, jpeg")
+    assert problems["a.bmp"].startswith("not a medium: .bmp is not read; known are jpg, jpeg")
+    assert problems["b.png"] is None
+
+
+def test_bad_lines_of_metadata_are_rejects_once(tmp_path: Path) -> None:
+    """In however many units and splits the media of their folders are."""
+    write(
+        tmp_path,
+        captions_dot_csv="file,text\nd/0.png,red\nd/7.png,red\n,red\nd/1.png,\n",
+        d__metadata_dot_jsonl='{"file": "8.png", "text": "red"}\n{"file": "2.png", "text": "blue"}\n',
+        **{f"d__{number}_dot_png": bytes(1 << 20) for number in range(4)},
+    )
+    units = folder_units(tmp_path, "captions.csv", "d/0.png", "d/[1-2].png", heldout=["d/3.png"])
+    assert [len(unit.files) for unit in units] == [3, 3, 3, 2, 3]
+    bad = {d.name.rpartition("/")[2]: d.problem for unit in units for d in read_documents(unit) if d.problem}
+    own = {name: problem for name, problem in bad.items() if "@" in name}
+    assert own == {
+        "captions.csv@1": "names a file that is not there: 7.png",
+        "captions.csv@2": "ValueError: none of file_name, file, path, file_path in a line",
+        "metadata.jsonl@0": "names a file that is not there: 8.png",
+    }
+    assert bad.keys() - own == {"1.png", "3.png"}  # their own rejects, for want of a caption
+    before = unit_state(units[3])
+    (tmp_path / "d" / "8.png").write_bytes(b"")
+    assert unit_state(units[3]) != before
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "metadata.csv", "transcripts.tsv"])
@@ -253,12 +310,9 @@ def test_metadata_that_is_none_leaves_its_media_without_captions(content: bytes,
 
 
 def test_real_folders_read_by_their_captions(real_data: Path) -> None:
-    from omniloom.data.config import Manifest, SourceSpec
-    from omniloom.data.units import list_units
-
     patterns = {"image": ["image/photos"], "audio": ["audio/fsdd"], "video": ["video/clips"]}
     for kind, pattern in patterns.items():
-        units = list_units(Manifest({"a": SourceSpec("folder", pattern)}), real_data)
+        units = folder_units(real_data, *pattern)
         documents = [document for unit in units for document in read_documents(unit)]
         good = [document for document in documents if not document.problem]
         assert len(good) > len(documents) / 2 > 1

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from omniloom.data.config import SPLITS, Manifest, Reading, SourceSpec
 from omniloom.data.readers import is_table
-from omniloom.data.readers.media import METADATA_EXTENSIONS, METADATA_STEMS, media_kind, sidecar
+from omniloom.data.readers.media import (
+    METADATA_EXTENSIONS,
+    METADATA_STEMS,
+    is_metadata,
+    is_no_medium,
+    media_kind,
+    sidecar,
+)
 from omniloom.data.readers.tables import row_group_bytes
 from omniloom.data.source import Unit
 from omniloom.data.storage import compression_of, local_path, match_files, names_in, real_name
@@ -30,11 +37,15 @@ Piece = tuple[list[str], tuple[int, int] | None]
 def list_units(manifest: Manifest, folder: Path) -> list[Unit]:
     """Gather or cut the files of each source and split into units, in name order.
 
+    The metadata of folders is a unit more: it goes with every unit of their media, but its bad lines count once.
     Raises DataError where a pattern matches no file, or one of another format; ClusterError where a store fails.
     """
     units: list[Unit] = []
     for name, source in manifest.sources.items():
         files = {split: _matching_files(folder, name, split, source) for split in SPLITS}
+        named = {split: {file for file in files[split] if is_metadata(file)} for split in SPLITS}
+        if source.format == "folder":
+            files = {split: {f: size for f, size in files[split].items() if not is_metadata(f)} for split in SPLITS}
         heldout = set(map(real_name, files["heldout"]))
         both = [file for file in files["train"] if real_name(file) in heldout]
         if both:
@@ -42,10 +53,15 @@ def list_units(manifest: Manifest, folder: Path) -> list[Unit]:
                 f"source {name}: {both[0]} is both trained on and held out ({len(both)} such): mend its patterns"
             )
         reading = Reading(**{field.name: getattr(source, field.name) for field in fields(Reading)})
+        given: set[str] = set()  # metadata of an earlier split
         for split in SPLITS:
+            pieces = [*_cut(source.format, files[split])]
+            if metadata := (named[split] | _beside(files[split])) - given if source.format == "folder" else set():
+                given |= metadata
+                pieces.append((sorted(metadata), None))
             units += [
                 Unit(f"{name}-{split}-{number:05d}", name, split, source.format, members, part, reading)
-                for number, (members, part) in enumerate(_cut(source.format, files[split]))
+                for number, (members, part) in enumerate(pieces)
             ]
     return units
 
@@ -65,7 +81,9 @@ def _matching_files(folder: Path, source: str, split: str, spec: SourceSpec) -> 
         except DataError as error:
             raise DataError(f"source {source}: {split} pattern {pattern!r}: {error}") from error
         if spec.format == "folder":
-            matched = {file: size for file, size in matched.items() if media_kind(file)}
+            matched = {file: size for file, size in matched.items() if not is_no_medium(file) or is_metadata(file)}
+        if spec.format == "folder" and not any(media_kind(file) or is_metadata(file) for file in matched):
+            matched = {}
         if not matched:
             what = "image, sound or video" if spec.format == "folder" else "file"
             place = pattern if local_path(pattern) is None else folder / pattern
@@ -144,6 +162,12 @@ def _with_captions(files: list[str]) -> list[str]:
                 if f"{stem}.{extension}" in names(above):
                     found[f"{above}/{stem}.{extension}"] = None
     return [*files, *found]
+
+
+def _beside(files: dict[str, int]) -> set[str]:
+    """The metadata in the folders of these files themselves; further up, where no pattern enters, it may be others'."""
+    folders = {file.rpartition("/")[0] for file in files}
+    return {f"{folder}/{name}" for folder in folders for name in names_in(folder) if is_metadata(name)}
 
 
 def _folders(folder: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from omniloom.data.readers.chat import chat_document, preference_document
 from omniloom.data.readers.folder import medium_document, read_media
 from omniloom.data.readers.interleaved import interleaved_document
 from omniloom.data.readers.lines import read_lines
+from omniloom.data.readers.media import is_no_medium
 from omniloom.data.readers.record import TEXT_KEYS, Build, Place, documents_of, table_document, text_document, text_of
 from omniloom.data.readers.tables import read_rows
 from omniloom.data.readers.webdataset import read_samples, sample_document
@@ -126,6 +127,8 @@ def _text_document(text: str, place: Place, reading: Reading) -> list[RawDocumen
 def unit_state(unit: Unit) -> list[Any]:
     """What changes when a unit's input does: the state of its files, and of the media that their documents name."""
     states = [file_state(file) for file in unit.files]
+    if unit.format == "folder" and all(map(is_no_medium, unit.files)):
+        states += [[document.name, document.problem] for document in read_documents(unit)]  # what its lines miss
     if unit.format in NAMING_MEDIA:
         for document in read_documents(unit):
             for segment in document.segments:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from omniloom.data.config import Reading
-from omniloom.data.readers.media import MEDIA_KINDS
+from omniloom.data.readers.media import MEDIA_KINDS, is_no_medium, unknown
 from omniloom.data.readers.record import Place, caption_of, mapping_of, text_of
 from omniloom.data.source import RawDocument, RawSegment
 from omniloom.data.storage import open_file
@@ -97,7 +97,11 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def sample_document(record: dict[str, Any], place: Place, reading: Reading) -> list[RawDocument]:
-    """A sample: its media in the tar's order, then its txt, or the text in its json, a target."""
+    """A sample: its media in the tar's order, then its txt, or the text in its json, a target.
+
+    A label or an index (cls, id, … media.NO_MEDIA) is passed over. Raises ValueError for a member of any other
+    extension: without what may be its picture or sound, the text would say what cannot be seen.
+    """
     segments = []
     texts: dict[str, bytes] = {}
     for name, data in record.items():
@@ -109,6 +113,8 @@ def sample_document(record: dict[str, Any], place: Place, reading: Reading) -> l
             segments.append(RawSegment(MEDIA_KINDS[extension], medium, is_target=False))
         elif extension in TEXTS:
             texts.setdefault(extension, data)
+        elif not is_no_medium(name):
+            raise ValueError(unknown(f"{place.name}.{name}"))
     if "txt" in texts:
         text: str | None = text_of(texts["txt"].decode(), "txt")
     elif "json" in texts:
