@@ -10,17 +10,20 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from handmade import build, save_picture
+from handmade import TINY, build, make_tokenizer, save_picture, save_video
 
-from omniloom.data import storage
-from omniloom.data.config import Manifest, SourceSpec
+from omniloom.data import storage, weave
+from omniloom.data.config import DecodeConfig, Manifest, SourceSpec
 from omniloom.data.corpus import Documents
+from omniloom.data.decode import Decoders
 from omniloom.data.readers import read_documents, unit_state
-from omniloom.data.source import RawDocument, RemoteMedia, Unit
+from omniloom.data.source import RawDocument, RawSegment, RemoteMedia, Unit
 from omniloom.data.storage import fetch, file_state, said, store_of
 from omniloom.data.units import list_units
+from omniloom.data.weave import Weaver
 from omniloom.errors import ClusterError, DataError
 from omniloom.modality.files import Media
+from omniloom.modality.text import load_tokenizer
 
 
 @pytest.fixture
@@ -78,16 +81,65 @@ def test_parquet_and_tars_of_a_store_are_read(store: Any, tmp_path: Path) -> Non
     assert two.segments[0].content == RemoteMedia("../y.png", "memory:///bucket/y.png")
 
 
-def test_media_beside_a_stores_document_are_fetched_within_their_limit(store: Any) -> None:
+def test_media_beside_a_stores_document_are_fetched_within_their_limit(store: Any, tmp_path: Path) -> None:
     store.pipe("/bucket/a.jsonl", b'{"segments": [{"image": "a.png"}, {"image": "memory://other/b.png"}]}')
     store.pipe("/bucket/a.png", b"12345")
     (document,) = documents("interleaved", "memory://bucket/a.jsonl")
     beside, elsewhere = (segment.content for segment in document.segments)
-    assert fetch(beside, 5, "modality.image.limit_bytes") == Media("a.png", b"12345")
+    assert fetch(beside, 5, "modality.image.limit_bytes", tmp_path) == Media("a.png", b"12345")
     with pytest.raises(DataError, match=r"file of 5 bytes is over modality.image.limit_bytes=4"):
-        fetch(beside, 4, "modality.image.limit_bytes")
+        fetch(beside, 4, "modality.image.limit_bytes", tmp_path)
     with pytest.raises(DataError, match=r"cannot read memory://other/b.png: FileNotFoundError"):
-        fetch(elsewhere, 5, "modality.image.limit_bytes")
+        fetch(elsewhere, 5, "modality.image.limit_bytes", tmp_path)
+
+
+def test_a_large_medium_of_a_store_goes_by_a_file_that_is_removed(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is decoded or rejected, also where its document is; and one that is shown again is fetched once."""
+    monkeypatch.setattr(storage, "FETCHED_BYTES", 100)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    film = save_video(tmp_path / "a.mp4", 0)
+    store.pipe({"/b/a.mp4": film.read_bytes(), "/b/bad.mp4": b"no film" * 100})
+    good, bad, gone = (RawSegment("video", RemoteMedia(n, f"memory://b/{n}"), False) for n in ("a.mp4", "bad.mp4", "c"))
+    whole = RawSegment("video", Media("a.mp4", film), False)
+    copies: list[str] = []
+    copy = type(store).get_file
+    monkeypatch.setattr(type(store), "cat_file", None)
+    monkeypatch.setattr(type(store), "get_file", lambda s, url, to: (copies.append(url), copy(s, url, to)))
+    make_tokenizer(tmp_path)
+    raws = [RawDocument("x", segments) for segments in ([good], [whole], [bad, good], [gone, good], [good, bad])]
+    with Decoders(TINY, DecodeConfig(), spool) as decoders:
+        woven = [document for _, document in Weaver(load_tokenizer(tmp_path / "tokenizer.json"), decoders).weave(raws)]
+    assert copies == ["memory://b/a.mp4", "memory://b/bad.mp4"]
+    assert (woven[0].video == woven[1].video).all()
+    assert "not a readable video" in str(woven[2])
+    assert "FileNotFoundError" in str(woven[3])
+    assert str(woven[4]) == str(woven[2])
+    assert not list(spool.iterdir())
+
+
+def test_a_copy_that_breaks_off_leaves_nothing_behind(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(self: Any, url: str, to: str) -> None:
+        Path(to).write_bytes(b"half")
+        raise TimeoutError("no answer")
+
+    store.pipe("/b/a.mp4", bytes(storage.FETCHED_BYTES + 1))
+    monkeypatch.setattr(type(store), "get_file", break_off)
+    with pytest.raises(ClusterError, match=r"cannot read memory://b/a.mp4: TimeoutError"):
+        fetch(RemoteMedia("a", "memory://b/a.mp4"), 1 << 30, "key", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_counts_the_bytes_of_a_stores_media(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weave, "WINDOW_MEDIA_BYTES", 20)
+    store.pipe({f"/b/{number}": bytes(10) for number in range(5)})
+    names = [*range(5), "gone"]
+    raws = [RawDocument("x", [RawSegment("video", RemoteMedia("a", f"memory://b/{n}"), False)]) for n in names]
+    assert [len(window) for window in weave._windows(raws)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +194,9 @@ def test_a_store_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -
             store_of(f"{protocol}://a/b")
 
 
-def test_a_store_that_fails_is_no_damage_of_the_file(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_fails_is_no_damage_of_the_file(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would leave out documents in silence: the job fails, and is repeated."""
     store.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
     (unit,) = units("jsonl", "memory://bucket/a.jsonl")
@@ -155,7 +209,7 @@ def test_a_store_that_fails_is_no_damage_of_the_file(store: Any, monkeypatch: py
         list(read_documents(unit))
     monkeypatch.setattr(type(store), "size", fail)
     with pytest.raises(ClusterError, match="TimeoutError"):
-        fetch(RemoteMedia("a", "memory://bucket/a.jsonl"), 100, "key")
+        fetch(RemoteMedia("a", "memory://bucket/a.jsonl"), 100, "key", tmp_path)
 
 
 def test_a_stores_file_that_is_gone_is_a_reject(store: Any) -> None:

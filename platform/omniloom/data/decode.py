@@ -31,6 +31,7 @@ import av
 import psutil
 
 from omniloom.data.config import DecodeConfig
+from omniloom.data.storage import size_bytes
 from omniloom.errors import ClusterError, DataError
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.files import Media
@@ -108,16 +109,6 @@ class Decoders:
                 return segments_of(child.decode(kind, media, Path(film.name), seconds), self.config)
         finally:
             self._idle.put(child)
-
-
-def size_bytes(media: Media) -> int:
-    """Of its file; 0 where there is none."""
-    if isinstance(media.content, bytes):
-        return len(media.content)
-    try:
-        return media.content.stat().st_size
-    except (OSError, ValueError):
-        return 0  # whoever opens it will say so
 
 
 _shared: Decoders | None = None

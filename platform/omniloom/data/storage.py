@@ -7,6 +7,7 @@ import stat
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -21,6 +22,7 @@ from omniloom.modality.files import Media, refuse_large
 REMOTE = ("s3", "gs", "gcs", "hf", "az", "abfs", "memory")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 256 << 10
+FETCHED_BYTES = 4 << 20  # of a store's medium in memory; a larger one goes by a file
 REASON_CHARACTERS = 200
 REFUSED = (FileNotFoundError, IsADirectoryError, PermissionError, ValueError)  # by a store that answers
 STATE_KEYS = ("size", "ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime", "updated", "created")
@@ -195,18 +197,38 @@ def compression_of(file: str) -> str | None:
     return COMPRESSIONS.get(os.path.splitext(file)[1].lower())
 
 
-def fetch(media: RemoteMedia, limit_bytes: int, key: str) -> Media:
-    """Read a store's medium of at most `limit_bytes`; `key` names the limit in the error.
+def size_bytes(media: Media | RemoteMedia) -> int:
+    """Of its file; 0 where there is none."""
+    try:
+        if isinstance(media, RemoteMedia):
+            return int(store_of(media.url).size(media.url) or 0)
+        return len(media.content) if isinstance(media.content, bytes) else media.content.stat().st_size
+    except Exception:  # each store has its own
+        return 0  # whoever opens it will say so
 
-    Raises DataError where it is missing or over its limit, before it is read; ClusterError where the store fails.
+
+def fetch(media: RemoteMedia, limit_bytes: int, key: str, folder: Path) -> Media:
+    """Read a store's medium of at most `limit_bytes`, a large one into a file of `folder` that the caller removes.
+
+    `key` names the limit in the error. Raises DataError where it is missing or over its limit, before it is read;
+    ClusterError where the store fails.
     """
     store = store_of(media.url)
+    copied: Path | None = None
     try:
-        refuse_large(int(store.size(media.url)), limit_bytes, key)
-        return Media(media.name, store.cat_file(media.url, 0, limit_bytes))
-    except DataError:
-        raise
-    except REFUSED as error:
-        raise DataError(f"cannot read {media.url}: {type(error).__name__}") from error
-    except Exception as error:
+        size = int(store.size(media.url))
+        refuse_large(size, limit_bytes, key)
+        if size <= FETCHED_BYTES:
+            return Media(media.name, store.cat_file(media.url, 0, limit_bytes))
+        with NamedTemporaryFile(prefix="fetch-", dir=folder, delete=False) as file:
+            copied = Path(file.name)
+        store.get_file(media.url, str(copied))
+        return Media(media.name, copied)
+    except BaseException as error:
+        if copied is not None:
+            copied.unlink(missing_ok=True)
+        if isinstance(error, DataError) or not isinstance(error, Exception):
+            raise
+        if isinstance(error, REFUSED):
+            raise DataError(f"cannot read {media.url}: {type(error).__name__}") from error
         raise _failure(media.url, error) from error

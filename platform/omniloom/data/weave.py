@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 from cachetools import LRUCache
 
-from omniloom.data.decode import Decoders, size_bytes
+from omniloom.data.decode import Decoders
 from omniloom.data.source import RawDocument, RemoteMedia
-from omniloom.data.storage import fetch
+from omniloom.data.storage import fetch, size_bytes
 from omniloom.errors import DataError
 from omniloom.modality.files import Media
 from omniloom.modality.sequence import Document, Segment, weave
@@ -18,7 +19,7 @@ WINDOW_DOCUMENTS, WINDOW_TEXT_BYTES = 256, 1 << 20
 WINDOW_MEDIA, WINDOW_MEDIA_BYTES = 16, 64 << 20
 MEDIA_KEPT_BYTES = 64 << 20
 
-Medium = tuple[str, Media]
+Medium = tuple[str, Media | RemoteMedia]
 Begun = tuple[RawDocument, list[Segment | Medium | DataError]]
 
 
@@ -58,13 +59,23 @@ class Weaver:
         return begun
 
     def _submit(self, kind: str, content: Media | RemoteMedia) -> Medium:
-        if isinstance(content, RemoteMedia):
-            limit = getattr(self._modality, kind).limit_bytes
-            content = fetch(content, limit, f"modality.{kind}.limit_bytes")
         medium = (kind, content)
         if medium not in self._kept and medium not in self._underway:
-            self._underway[medium] = self._decoders.submit(kind, content)
+            self._underway[medium] = self._decode(medium)
         return medium
+
+    def _decode(self, medium: Medium) -> Future[list[Segment]]:
+        """Have a medium decoded; one of a store is fetched first, its local file removed once that is done."""
+        kind, content = medium
+        if not isinstance(content, RemoteMedia):
+            return self._decoders.submit(kind, content)
+        limit = getattr(self._modality, kind).limit_bytes
+        _, _, spool = self._decoders.settings
+        local = fetch(content, limit, f"modality.{kind}.limit_bytes", spool)
+        future = self._decoders.submit(kind, local)
+        if isinstance(path := local.content, Path):
+            future.add_done_callback(lambda _: path.unlink(missing_ok=True))  # cancelled or failed too
+        return future
 
     def _finish(self, begun: list[Begun]) -> Iterator[tuple[RawDocument, Document | DataError]]:
         for raw, parts in begun:
@@ -89,10 +100,9 @@ class Weaver:
         if medium in self._kept:
             return self._kept[medium]
         # It may have been kept when its document was begun, and crowded out since.
-        future = self._underway.pop(medium, None) or self._decoders.submit(*medium)
         outcome: list[Segment] | DataError
         try:
-            outcome = future.result()
+            outcome = (self._underway.pop(medium, None) or self._decode(medium)).result()
         except DataError as error:
             outcome = error
         if _kept_bytes(outcome) <= MEDIA_KEPT_BYTES:
@@ -111,7 +121,7 @@ def _windows(raws: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
                 text_bytes += len(part.content)
             else:
                 media += 1
-                media_bytes += size_bytes(part.content) if isinstance(part.content, Media) else 0
+                media_bytes += size_bytes(part.content)
         if (
             len(window) >= WINDOW_DOCUMENTS
             or text_bytes >= WINDOW_TEXT_BYTES
