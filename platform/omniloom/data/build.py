@@ -21,10 +21,9 @@ from omniloom.data.samples import write_samples
 from omniloom.data.source import Unit
 from omniloom.data.tables import source_record, write_index
 from omniloom.data.units import list_units
-from omniloom.data.vocabulary import build_tokenizer
+from omniloom.data.vocabulary import TOKENIZER_MADE, build_tokenizer, refuse_other_tokenizer
 from omniloom.data.write import unit_fingerprint, write_shard
 from omniloom.errors import DataError
-from omniloom.modality.config import ModalityConfig
 
 REJECTS_NAMED = 20
 
@@ -52,11 +51,11 @@ def build_corpus(config: CorpusConfig) -> Corpus:
     manifest = read_manifest(manifest_path)
     units = list_units(manifest, manifest_path.absolute().parent)
     if config.force:
-        for part in (INDEX, TOKENIZER, "shards", "plans"):
+        for part in (INDEX, TOKENIZER, TOKENIZER_MADE, "shards", "plans"):
             path = corpus / part
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if (corpus / INDEX).is_file():
-        return _same_or_refuse(corpus, manifest, units, config.modality)
+        return _same_or_refuse(corpus, manifest, units, config)
     (corpus / "shards").mkdir(parents=True, exist_ok=True)
 
     train_units = [unit for unit in units if unit.split == "train"]
@@ -67,11 +66,12 @@ def build_corpus(config: CorpusConfig) -> Corpus:
     return Corpus(corpus)
 
 
-def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], modality: ModalityConfig) -> Corpus:
+def _same_or_refuse(folder: Path, manifest: Manifest, units: list[Unit], config: CorpusConfig) -> Corpus:
     corpus = Corpus(folder)
     corpus.verify()
+    ray.get(ray.remote(refuse_other_tokenizer).options(num_cpus=1).remote(config.tokenizer, folder))
     fingerprint = ray.remote(unit_fingerprint).options(num_cpus=1)
-    asked = [fingerprint.remote(unit, corpus.index.files[TOKENIZER].sha256, modality) for unit in units]
+    asked = [fingerprint.remote(unit, corpus.index.files[TOKENIZER].sha256, config.modality) for unit in units]
     wanted = dict(zip((unit.name for unit in units), ray.get(asked), strict=True))
     built = {
         Path(shard["file"]).stem: shard["fingerprint"]
