@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import TINY, build, make_tokenizer, save_picture, save_video
 
-from omniloom.data import storage, weave
+from omniloom.data import readers, storage, weave
 from omniloom.data.config import DecodeConfig, Manifest, SourceSpec
 from omniloom.data.corpus import Documents
 from omniloom.data.decode import Decoders
@@ -244,6 +244,49 @@ def test_the_state_of_a_unit_covers_the_media_that_it_names(where: str, store: A
     before = unit_state(unit)
     store.pipe("/b/a.png", b"22") if where == "memory" else (tmp_path / "a.png").write_bytes(b"22")
     assert unit_state(unit) != before
+
+
+@pytest.mark.parametrize(
+    ("column", "is_read"),
+    [
+        (None, False),
+        (pa.array([b"png", None], pa.binary()), False),
+        (pa.array([b"png", None], pa.large_binary()), False),
+        (pa.array([{"bytes": b"a", "path": "a.png"}, {"bytes": b"b", "path": None}]), False),
+        (pa.array([{"bytes": b"a", "path": None}, {"bytes": None, "path": "a.png"}]), True),
+        (pa.array([{"bytes": b"a", "path": "a.png"}, None]), True),
+        (pa.array([{"path": "a.png"}] * 2), True),
+        (pa.array(["a.png", None]), True),
+        (pa.array([[b"a"], None]), True),
+    ],
+)
+def test_rows_are_read_for_their_media_only_where_one_may_be_a_path(
+    column: pa.Array | None, is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = {"text": ["a", "b"]} | ({"image": column} if column is not None else {})
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (unit,) = units("parquet", "a.parquet", folder=tmp_path)
+    seen: list[str] = []
+    real = readers._file_documents
+    monkeypatch.setattr(readers, "_file_documents", lambda unit, file: (seen.append(file), real(unit, file))[1])
+    unit_state(unit)
+    assert bool(seen) == is_read
+
+
+@pytest.mark.parametrize(
+    ("type", "is_read"), [('"text"', False), ('"image"', True), ('"input_audio"', True), ('"vide\\u006f"', True)]
+)
+def test_lines_are_read_for_their_media_only_where_one_may_be_named(
+    type: str, is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = f'{{"type": {type}, "text": "a", "path": "a.png"}}'
+    (tmp_path / "a.jsonl").write_text(f'{{"messages": [{{"role": "assistant", "content": [{part}]}}]}}\n')
+    (unit,) = units("chat", "a.jsonl", folder=tmp_path)
+    named = [s.content for d in read_documents(unit) for s in d.segments if isinstance(s.content, Media)]
+    assert bool(named) == is_read
+    assert len(unit_state(unit)) == 1 + is_read
+    monkeypatch.setattr(readers, "_file_documents", lambda unit, file: iter(()) if is_read else pytest.fail("read"))
+    unit_state(unit)
 
 
 def test_what_an_error_said_is_short_and_the_same_from_run_to_run() -> None:

@@ -17,7 +17,7 @@ from omniloom.data.readers.interleaved import interleaved_document
 from omniloom.data.readers.lines import read_lines
 from omniloom.data.readers.media import is_no_medium
 from omniloom.data.readers.record import TEXT_KEYS, Build, Place, documents_of, table_document, text_document, text_of
-from omniloom.data.readers.tables import read_rows
+from omniloom.data.readers.tables import holds_bytes, read_rows
 from omniloom.data.readers.webdataset import read_samples, sample_document
 from omniloom.data.source import RawDocument, RawSegment, RemoteMedia, Unit
 from omniloom.data.storage import file_state, open_content, said
@@ -36,6 +36,7 @@ COLUMNS = {
     "chat": ("messages", "conversations", "instruction", "input", "output"),
     "preference": ("prompt", "chosen", "rejected"),
 }
+MEDIA_MARKS = (b"image", b"audio", b"video", b"\\u")  # one is in every chat line with a medium; \u may hide a letter
 NAMING_MEDIA = ("chat", "preference", "interleaved", "parquet")  # formats whose documents name files of their own
 
 
@@ -129,11 +130,27 @@ def unit_state(unit: Unit) -> list[Any]:
     states = [file_state(file) for file in unit.files]
     if unit.format == "folder" and all(map(is_no_medium, unit.files)):
         states += [[document.name, document.problem] for document in read_documents(unit)]  # what its lines miss
-    if unit.format in NAMING_MEDIA:
-        for document in read_documents(unit):
+    for file in unit.files if unit.format in NAMING_MEDIA else []:
+        for document in _guarded(file, _file_documents(unit, file)) if _may_name_media(unit, file) else []:
             for segment in document.segments:
                 if isinstance(segment.content, RemoteMedia):
                     states.append(file_state(segment.content.url))
                 elif isinstance(segment.content, Media) and not isinstance(segment.content.content, bytes):
                     states.append(file_state(str(segment.content.content)))
     return states
+
+
+def _may_name_media(unit: Unit, file: str) -> bool:
+    """False where it is plain to see that no document does: then none is read for the media that it names."""
+    reading = unit.reading
+    try:
+        if unit.format == "parquet":
+            return not holds_bytes(file, (reading.image_key, reading.audio_key, reading.video_key))
+        if unit.format in COLUMNS and not is_table(file):
+            lines = (line for _, line in read_lines(file, unit.part, reading.limit_document_bytes) if line)
+            return any(mark in line for line in lines for mark in MEDIA_MARKS)
+    except OmniloomError:
+        raise
+    except Exception:  # damaged: its documents say what can be read
+        return True
+    return True

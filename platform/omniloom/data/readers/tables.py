@@ -32,6 +32,32 @@ def row_group_bytes(file: str) -> list[int]:
         return [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
 
 
+def holds_bytes(file: str, columns: tuple[str, ...]) -> bool:
+    """Whether the columns, as far as they are there, hold bytes in every row and no path, by schema and statistics.
+
+    Raises OSError and what pyarrow raises for a damaged file.
+    """
+    with open_file(file) as stream:
+        metadata = open_table(stream).metadata
+        leaves = {metadata.schema.column(number).path: number for number in range(metadata.num_columns)}
+        for column in columns:
+            inside = [path for path in leaves if path == column or path.startswith(f"{column}.")]
+            content = column if column in leaves else f"{column}.bytes"
+            if inside and (content not in leaves or not _is_bytes(metadata, leaves[content], content != column)):
+                return False
+    return True
+
+
+def _is_bytes(metadata: pq.FileMetaData, leaf: int, is_everywhere: bool) -> bool:
+    column = metadata.schema.column(leaf)
+    if column.physical_type != "BYTE_ARRAY" or column.logical_type.type != "NONE":
+        return False
+    groups = (metadata.row_group(number).column(leaf).statistics for number in range(metadata.num_row_groups))
+    return not is_everywhere or all(
+        group is not None and group.has_null_count and group.null_count == 0 for group in groups
+    )
+
+
 def read_rows(
     file: str, part: tuple[int, int] | None, columns: tuple[str, ...], limit_bytes: int
 ) -> Iterator[tuple[int, dict[str, Any] | None]]:
