@@ -46,7 +46,8 @@ def test_a_summary_is_what_the_runs_files_say(run: Path) -> None:
     assert summary["losses"]["loss/next_token"]["best"] == min(losses)
     assert summary["losses"]["loss/next_token"]["best_step"] == 1 + losses.index(min(losses))
     assert summary["losses"].keys() == {
-        "loss/next_token", "loss/balance", "loss/mtp", "val/loss", "val/loss/words", "val/loss/sounds"
+        "loss/next_token", "loss/balance", "loss/mtp", "val/loss", "val/loss/words", "val/loss/sounds",
+        "val/forgetting/words",
     }  # fmt: skip
     assert (summary["step"], summary["tokens"], summary["checkpoints"]) == (120, 512 * 120, [120])
     assert summary["data"]["epochs"] == {"words": 0.5, "sounds": 2.25, "unused": 0.0}
