@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from handmade import build
 from stream_rank import open_rows
@@ -82,10 +83,13 @@ class Run:
         """Kill -9 all ranks once so many batches are read; they are in the middle of the next ones."""
         while len(self.hashes()) < steps and any(process.poll() is None for process in self.processes):
             time.sleep(0.01)
+        helpers = [child for p in self.processes if p.poll() is None for child in psutil.Process(p.pid).children(True)]
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
+        _, alive = psutil.wait_procs(helpers, 30)
+        assert not alive, "loader workers go on without their rank"
 
     def finish(self) -> None:
         assert [process.wait(timeout=240) for process in self.processes] == [0] * len(self.processes)

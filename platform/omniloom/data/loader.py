@@ -4,9 +4,11 @@ G global batch size, W ranks, m micro batch size: rank r of step s takes the sam
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 import numpy as np
 import torch
@@ -99,6 +101,19 @@ class Share(Sampler[list[int]]):
                 yield list(range(begin, begin + self.micro_batch_size))
 
 
+def _end_with_the_rank(_worker: int) -> None:
+    """Have a worker end when its rank is killed: torch watches its parent alone, and that is the fork server, which
+    lives as long as its workers do."""
+    rank = parent_process()
+    assert rank is not None
+
+    def watch() -> None:
+        rank.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def rank_batches(rows: Rows, share: Share, workers: int) -> Iterator[list[Batch]]:
     """One list of micro batches a step; `workers` processes read ahead, or none."""
     # Not fork: a rank has threads, of Ray and of gloo, that may hold a lock just then.
@@ -106,7 +121,12 @@ def rank_batches(rows: Rows, share: Share, workers: int) -> Iterator[list[Batch]
     if context is not None:
         context.set_forkserver_preload([__name__])  # imported once, not by each worker
     loader = DataLoader(
-        rows, batch_sampler=share, collate_fn=Batch, num_workers=workers, multiprocessing_context=context
+        rows,
+        batch_sampler=share,
+        collate_fn=Batch,
+        num_workers=workers,
+        multiprocessing_context=context,
+        worker_init_fn=_end_with_the_rank,
     )
     batches = iter(loader)
     for _ in range(share.first_step, share.steps):
