@@ -55,15 +55,20 @@ class SplitRecord:
     lengths: list[int] = field(default_factory=lambda: [0] * LONGEST_POWER)
     rejects: int = 0
 
-    def add(self, shard: ShardRecord) -> None:
-        """Count a shard in."""
-        self.shards += 1
-        self.bytes += shard.bytes
-        self.documents += shard.documents
-        self.tokens += shard.tokens
-        self.media_tokens = {kind: count + shard.media_tokens[kind] for kind, count in self.media_tokens.items()}
-        self.lengths = [ours + more for ours, more in zip(self.lengths, shard.lengths, strict=True)]
-        self.rejects += len(shard.rejects)
+    @classmethod
+    def of(cls, shard: ShardRecord) -> "SplitRecord":
+        """What one shard holds."""
+        return cls(1, shard.bytes, shard.documents, shard.tokens, shard.media_tokens, shard.lengths, len(shard.rejects))
+
+    def add(self, other: "SplitRecord") -> None:
+        """Count in what another holds."""
+        self.shards += other.shards
+        self.bytes += other.bytes
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.media_tokens = {kind: count + other.media_tokens[kind] for kind, count in self.media_tokens.items()}
+        self.lengths = [ours + more for ours, more in zip(self.lengths, other.lengths, strict=True)]
+        self.rejects += other.rejects
 
 
 @dataclass

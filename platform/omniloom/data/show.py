@@ -63,9 +63,7 @@ def _figures(record: SplitRecord) -> list[str]:
 def _total(records: list[SplitRecord]) -> SplitRecord:
     total = SplitRecord()
     for record in records:
-        for name in ("shards", "bytes", "documents", "tokens", "rejects"):
-            setattr(total, name, getattr(total, name) + getattr(record, name))
-        total.media_tokens = {kind: count + record.media_tokens[kind] for kind, count in total.media_tokens.items()}
+        total.add(record)
     return total
 
 

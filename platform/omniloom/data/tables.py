@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from omniloom.data.config import SPLITS, Manifest, SourceSpec
 from omniloom.data.corpus import INDEX, REJECTS, SHARD_TABLE, TARGETS, TOKENIZER, lengths_file, shards_file
-from omniloom.data.index import PREFERENCE, Index, Reject, ShardRecord, SourceRecord, Table, file_sha256
+from omniloom.data.index import PREFERENCE, Index, Reject, ShardRecord, SourceRecord, SplitRecord, Table, file_sha256
 from omniloom.data.write import tables_path
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.text import load_tokenizer
@@ -29,7 +29,7 @@ def write_index(corpus: Path, manifest: Manifest, records: list[ShardRecord], mo
                     lengths.write(tables["lengths"].tobytes())
                     if split == "train":
                         targets += tables["targets"]
-                sources[record.source].split(split).add(record)
+                sources[record.source].split(split).add(SplitRecord.of(record))
         _write_shard_table(corpus / shards_file(split), mine)
     with (corpus / REJECTS).open("wb") as lines:
         for record in records:
