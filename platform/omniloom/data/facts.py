@@ -13,7 +13,7 @@ from omniloom.data.config import SPLITS, Split
 from omniloom.data.corpus import Corpus, Documents
 from omniloom.data.index import Reject
 from omniloom.data.pack import Piece
-from omniloom.data.plan import SHUFFLED_ROWS, PlanRecord, Schedule, Stream, heldout_rows, plan_key
+from omniloom.data.plan import SHUFFLED_ROWS, PlanRecord, Schedule, Stream, heldout_rows
 from omniloom.errors import ConfigError
 from omniloom.modality.config import ModalityConfig
 from omniloom.modality.sequence import AUDIO, IMAGE, MODALITIES, PADDING, TEXT, VIDEO, Document
@@ -142,20 +142,13 @@ def stream_row(documents: Documents, schedule: Schedule, row: int) -> tuple[list
     """
     rows = max(row + 1, SHUFFLED_ROWS)
     stream = Stream(documents, schedule)
-    record = PlanRecord(plan_key(documents, schedule), 0, 0, 0, 0, 0, {})
     found: list[Piece] = []
     with tqdm(total=rows, desc="pack the rows", unit="row", delay=2) as bar:
         for block in stream.blocks(rows):
-            if record.rows <= row < record.rows + len(block):
-                found = block[row - record.rows]
-            record.rows += len(block)
-            record.pieces += sum(map(len, block))
-            record.tokens += sum(piece.tokens for pieces in block for piece in pieces)
-            record.positions += len(block) * stream.seq_len
+            if bar.n <= row < bar.n + len(block):
+                found = block[row - int(bar.n)]
             bar.update(len(block))
-    record.skipped = stream.skipped
-    record.epochs = dict(zip(documents.names, stream.epochs_S.tolist(), strict=True))
-    return found, record
+    return found, stream.record
 
 
 def heldout_row(documents: Documents, seq_len: int, val_rows: int, policy: str, row: int) -> list[Piece]:

@@ -106,7 +106,7 @@ def open_plan(documents: Documents, schedule: Schedule, rows: int, folder: Path)
         ) from error
     with FileLock(folder / f"{key}.lock"):
         finished = _finished(folder, key, rows)  # by whoever held the lock
-        return finished or _build(documents, schedule, rows, key, folder / f"{key}-{rows}")
+        return finished or _build(documents, schedule, rows, folder / f"{key}-{rows}")
 
 
 def _finished(folder: Path, key: str, rows: int) -> Plan | None:
@@ -127,26 +127,20 @@ def plan_key(documents: Documents, schedule: Schedule) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def _build(documents: Documents, schedule: Schedule, rows: int, key: str, folder: Path) -> Plan:
+def _build(documents: Documents, schedule: Schedule, rows: int, folder: Path) -> Plan:
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted build left
     folder.mkdir()
     stream = Stream(documents, schedule)
-    record = PlanRecord(key, rows, 0, 0, 0, 0, {})
     with (folder / "pieces").open("wb") as pieces, (folder / "rows").open("wb") as begins:
         begins.write(np.zeros(1, "<i8").tobytes())
         with tqdm(total=rows, desc="plan the rows", unit="row", delay=2) as bar:
             for block in stream.blocks(rows):
                 flat = np.array([piece for row in block for piece in row], PIECE)
-                ends = record.pieces + np.cumsum([len(row) for row in block])
+                ends = stream.record.pieces - len(flat) + np.cumsum([len(row) for row in block])
                 pieces.write(flat.tobytes())
                 begins.write(ends.astype("<i8").tobytes())
-                record.positions += len(block) * stream.seq_len
-                record.pieces += len(flat)
-                record.tokens += int((flat["stop"] - flat["start"]).sum())
                 bar.update(len(block))
-    record.skipped = stream.skipped
-    record.epochs = dict(zip(documents.names, stream.epochs_S.tolist(), strict=True))
-    (folder / "plan.json").write_bytes(TypeAdapter(PlanRecord).dump_json(record, indent=1))
+    (folder / "plan.json").write_bytes(TypeAdapter(PlanRecord).dump_json(stream.record, indent=1))
     return Plan(folder)
 
 
@@ -168,11 +162,7 @@ class Stream:
         self._unshown: list[list[Piece]] = []  # rows of a block that a phase cut short
         self._in_vain = 0  # documents one after the other of which no piece fits
         self.skipped = 0
-
-    @property
-    def seq_len(self) -> int:
-        """Of the rows that come now."""
-        return self._packer.seq_len
+        self.record = PlanRecord(plan_key(documents, schedule), 0, 0, 0, 0, 0, {})  # of the blocks so far
 
     @property
     def epochs_S(self) -> np.ndarray:
@@ -192,9 +182,19 @@ class Stream:
                 block = [self._next_row() for _ in range(SHUFFLED_ROWS)]
                 order = shuffled(np.arange(SHUFFLED_ROWS), SHUFFLED_ROWS, self._schedule.seed, first)
                 shown = [block[i] for i in order.tolist()]
+                self._count(shown[: end - first])
                 yield shown[: end - first]
                 self._unshown = shown[end - first :]
             self._put_back()
+        self.record.skipped = self.skipped
+        self.record.epochs = dict(zip(self._documents.names, self.epochs_S.tolist(), strict=True))
+
+    def _count(self, block: list[list[Piece]]) -> None:
+        record = self.record
+        record.rows += len(block)
+        record.pieces += sum(map(len, block))
+        record.tokens += sum(stop - start for row in block for _, start, stop in row)
+        record.positions += len(block) * self._packer.seq_len
 
     def _put_back(self) -> None:
         rows = [*self._unshown, *self._packer.flush()]
@@ -214,9 +214,6 @@ class Stream:
     def _pieces(self, whole: Piece) -> list[Piece]:
         """A document, or what is left of one, as pieces that fit a row; none where an item of it is longer."""
         seq_len = self._packer.seq_len
-        if whole.tokens <= seq_len:
-            self._in_vain = 0
-            return [whole]
         pieces = cut_document(self._documents, whole, seq_len, self._schedule.long_documents)
         self.skipped += not pieces
         self._in_vain = 0 if pieces else self._in_vain + 1
@@ -229,7 +226,9 @@ class Stream:
 
 
 def cut_document(documents: Documents, whole: Piece, seq_len: int, policy: str) -> list[Piece]:
-    """A document that is longer than a row as pieces that fit one."""
+    """A document, or a part of one, as pieces that fit a row."""
+    if whole.tokens <= seq_len:
+        return [whole]
     if documents.lengths(np.array([whole.document]))["plain"][0]:
         return windows(whole, seq_len)
     return cut(whole, documents.document(whole.document), seq_len, policy)
@@ -255,8 +254,7 @@ def _heldout_of(documents: Documents, sources: np.ndarray, seq_len: int, rows: i
             if left <= 0:
                 break
             whole = Piece(document, 0, int(documents.lengths(np.array([document]))["tokens"][0]))
-            fits = whole.tokens <= seq_len
-            for piece in [whole] if fits else cut_document(documents, whole, seq_len, policy):
+            for piece in cut_document(documents, whole, seq_len, policy):
                 if left > 0:
                     chosen.append(piece)
                     left -= piece.tokens
