@@ -21,13 +21,14 @@ def main(settings: TrainSettings) -> None:
     from omniloom.track.run_directory import ask_to_stop, claim, locate, open_run, record_failure, running
     from omniloom.train.checkpoint import fork, newest_state
     from omniloom.train.loop import train
-    from omniloom.train.stream import plan_rows
+    from omniloom.train.stream import training_rows
 
     run = settings.folder
     with ray_session(settings.cluster):
         corpus = open_or_build(settings)
         settings.check_index(corpus.index)
-        for other in open_corpora(corpus.folder, settings.data)[1:]:
+        corpora = open_corpora(corpus.folder, settings.data)
+        for other in corpora[1:]:
             other.verify()
             settings.check_index(other.index)
         with claim(run):
@@ -39,7 +40,7 @@ def main(settings: TrainSettings) -> None:
                 return
             print(describe(corpus))
             print(settings.batch_terms(settings.cluster.workers))
-            print(plan_rows(settings).record.describe())
+            print(training_rows(settings, corpora)[1].record.describe())
             plan = plan_of(settings)
             print(told_in_a_line(plan))
             begun = newest_state(run)

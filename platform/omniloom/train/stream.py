@@ -9,18 +9,18 @@ import torch
 from omniloom.data.corpus import Corpus, Documents
 from omniloom.data.loader import Batch, Rows, Share, batch_hash, rank_batches
 from omniloom.data.plan import Phase, Plan, Schedule, heldout_rows, open_plan
-from omniloom.data.schedule import loss_weights, open_corpora, read_schedule
+from omniloom.data.schedule import loss_weights, read_schedule
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine
 from omniloom.train.step import validation_loss
 
 
-def plan_rows(run: TrainingRun) -> Plan:
-    """The run's packing plan; built where nobody has yet, which is the driver's, before there are ranks that wait."""
-    corpora = open_corpora(Path(run.corpus or ""), run.data)
+def training_rows(run: TrainingRun, corpora: list[Corpus]) -> tuple[Rows, Plan]:
+    """The run's rows and the plan they follow; built where nobody has yet: by the driver, before there are ranks."""
     folder = Path(run.data.plans) if run.data.plans else corpora[0].folder / "plans"
-    schedule = read_schedule(corpora, run.data, run.seed)
-    return open_plan(Documents(corpora, "train"), schedule, run.steps * run.train.global_batch_size, folder)
+    documents, schedule = Documents(corpora, "train"), read_schedule(corpora, run.data, run.seed)
+    plan = open_plan(documents, schedule, run.steps * run.train.global_batch_size, folder)
+    return Rows(documents, plan, schedule), plan
 
 
 class Stream:
@@ -28,9 +28,7 @@ class Stream:
 
     def __init__(self, run: TrainingRun, corpora: list[Corpus], engine: Engine) -> None:
         self._run, self._engine = run, engine
-        self.plan = plan_rows(run)
-        schedule = read_schedule(corpora, run.data, run.seed)
-        self._train = Rows(Documents(corpora, "train"), self.plan, schedule)
+        self._train, self.plan = training_rows(run, corpora)
         losses = loss_weights(corpora, run.data)
         self.loss_weight_S = torch.tensor(losses, dtype=torch.float32, device=engine.device)
         heldout = Documents(corpora, "heldout")
