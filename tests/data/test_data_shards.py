@@ -107,23 +107,29 @@ def test_documents_come_back_bit_for_bit_in_any_order(corpus: Path, pictures: Un
     assert record.rejects == []
 
 
-def test_a_medium_shown_again_is_read_once_and_a_changed_one_anew(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = []
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the media that are given to be decoded, in order."""
+    names: list[str] = []
+    submit = Decoders.submit
 
     def noted(decoders: Decoders, kind: str, media: Media) -> "Future[list[Segment]]":
-        read.append(media.name)
+        names.append(media.name)
         return submit(decoders, kind, media)
 
-    submit = Decoders.submit
     monkeypatch.setattr(Decoders, "submit", noted)
+    return names
+
+
+def test_a_medium_shown_again_is_read_once_and_a_changed_one_anew(
+    corpus: Path, tmp_path: Path, submitted: list[str]
+) -> None:
     for number in (0, 1):
         save_picture(tmp_path / f"{number}.png", number)
     documents = [[{"text": str(i)}, {"image": f"{i % 2}.png"}] for i in range(6)]
     unit = interleaved_unit(save_lines(tmp_path / "a.jsonl", *documents))
     write_shard(unit, corpus, TINY)
-    assert read == ["0.png", "1.png"]
+    assert submitted == ["0.png", "1.png"]
     save_picture(tmp_path / "0.png", 2)
     record = write_shard(unit, corpus, TINY)
     shard = Shard(corpus / "shards" / record.file, WIDTHS)
@@ -323,16 +329,8 @@ def test_a_shard_with_rejects_is_written_again_under_other_limits(corpus: Path, 
 
 
 def test_a_bad_medium_is_decoded_once_and_leaves_no_result_behind(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, submitted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submitted = []
-
-    def noted(decoders: Decoders, kind: str, media: Media) -> "Future[list[Segment]]":
-        submitted.append(media.name)
-        return submit(decoders, kind, media)
-
-    submit = Decoders.submit
-    monkeypatch.setattr(Decoders, "submit", noted)
     kept = []
     monkeypatch.setattr(Weaver, "__del__", lambda weaver: kept.append(dict(weaver._underway)), raising=False)
     (tmp_path / "bad.png").write_text("no picture")
