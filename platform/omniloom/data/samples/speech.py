@@ -18,7 +18,11 @@ CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes
 
 
 class Speaker:
-    """espeak-ng in this process; the same calls in the same order give the same samples."""
+    """espeak-ng in this process; the same calls in the same order give the same samples.
+
+    Its Klatt voices breathe by the C library's `rand`, which whatever else lives in the process draws from as well;
+    it is seeded before each clip.
+    """
 
     def __init__(self, seed: int) -> None:
         try:
@@ -30,6 +34,7 @@ class Speaker:
         self.sample_rate: int = self._library.espeak_Initialize(SYNCHRONOUS, 0, str(self._data).encode(), DO_NOT_EXIT)
         if self.sample_rate <= 0:
             raise ConfigError(f"espeak-ng cannot start with its data at {self._data}")
+        self._seed, self._c = seed, ctypes.CDLL(None)
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         self._heard: list[np.ndarray] = []
         self._callback = CALLBACK(self._hear)  # kept: the library holds only its address
@@ -45,6 +50,7 @@ class Speaker:
         self._library.espeak_SetParameter(RATE, words_per_minute, 0)
         self._library.espeak_SetParameter(PITCH, pitch, 0)
         self._heard.clear()
+        self._c.srand(ctypes.c_uint(self._seed))
         said = text.encode()
         self._library.espeak_Synth(said, ctypes.c_size_t(len(said) + 1), 0, 0, 0, UTF8, None, None)
         self._library.espeak_Synchronize()
