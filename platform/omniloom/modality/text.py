@@ -1,4 +1,4 @@
-"""Text becomes ids by byte-level BPE (the `tokenizers` library)."""
+"""Text becomes ids by byte-level BPE: `tokenizers` trains and reads vocabularies, tiktoken encodes where it may."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from omniloom.errors import ConfigError, DataError
+from omniloom.modality.bpe import LONGEST, FastBPE, fast_bpe
 from omniloom.modality.sequence import TEXT, Segment
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -53,11 +54,17 @@ class TextTokenizer:
         return np.concatenate([self._encode_short([part])[0] for part in self._parts(text)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as `encode` gives them, by as many threads as the library is allowed."""
+        """Ids of each text as `encode` gives them."""
         short = iter(self._encode_short([text for text in texts if len(text) <= PART_CHARACTERS]))
         return [next(short) if len(text) <= PART_CHARACTERS else self.encode(text) for text in texts]
 
+    @cached_property
+    def _fast(self) -> FastBPE | None:
+        return fast_bpe(self._tokenizer)
+
     def _encode_short(self, texts: list[str]) -> list[np.ndarray]:
+        if self._fast is not None and all(len(text) <= LONGEST for text in texts):
+            return [self._fast.encode(text) for text in texts]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
 
