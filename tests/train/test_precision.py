@@ -24,8 +24,9 @@ from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 from omniloom.model.moe import MixtureOfExperts, Router
-from omniloom.train.config import OptimizerConfig, ScheduleConfig, TrainConfig, TrainingRun
+from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
 from omniloom.train.precision import convert_to_float8, refuse_unless_possible
+from omniloom.train.schedule import ScheduleConfig
 
 STEPS = 4
 # Sides in sixteens but for the 24 that keys and values are compressed to.

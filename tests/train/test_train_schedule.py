@@ -1,14 +1,16 @@
 """The learning rate at steps worked out by hand, and which parameters decay."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from omniloom.train.config import OptimizerConfig, ScheduleConfig
-from omniloom.train.optimizer import deepspeed_section, parameter_groups
-from omniloom.train.schedule import rate_share
+from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.deepspeed_json import deepspeed_config
+from omniloom.train.optimizer import parameter_groups
+from omniloom.train.schedule import ScheduleConfig, rate_share
 
 
 @pytest.mark.parametrize("kind", ["cosine", "warmup_stable_decay"])
@@ -66,8 +68,12 @@ def test_matrices_decay_and_norms_biases_and_tied_embeddings_do_not():
     assert {names[id(p)] for p in spared["params"]} == {"tokens.weight", "linear.bias", "norm.weight"}
 
 
+def section_of(optimizer: OptimizerConfig) -> dict[str, Any]:
+    return deepspeed_config(TrainingRun(train=TrainConfig(steps=1), optimizer=optimizer), 1, 100)["optimizer"]
+
+
 def test_deepspeed_gets_torchs_adamw_with_our_figures():
-    section = deepspeed_section(OptimizerConfig(lr=1e-3, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2))
+    section = section_of(OptimizerConfig(lr=1e-3, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2))
     assert section["type"] == "AdamW"
     assert section["params"]["torch_adam"] is True
     assert (section["params"]["lr"], section["params"]["eps"], section["params"]["weight_decay"]) == (1e-3, 1e-6, 0.2)
@@ -75,9 +81,7 @@ def test_deepspeed_gets_torchs_adamw_with_our_figures():
 
 
 def test_deepspeed_gets_muon_with_both_rates():
-    section = deepspeed_section(
-        OptimizerConfig(kind="muon", lr=1e-3, muon_lr=0.03, muon_momentum=0.9, weight_decay=0.2)
-    )
+    section = section_of(OptimizerConfig(kind="muon", lr=1e-3, muon_lr=0.03, muon_momentum=0.9, weight_decay=0.2))
     assert section["type"] == "Muon"
     params = section["params"]
     assert (params["lr"], params["muon_lr"], params["momentum"], params["weight_decay"]) == (1e-3, 0.03, 0.9, 0.2)
