@@ -220,6 +220,8 @@ class TrainingRun:
             optimizer=self.optimizer.kind,
             activation_checkpointing=self.train.activation_checkpointing,
             bucket_numbers=self.parallel.bucket_numbers,
+            offload_optimizer=self.parallel.offload_optimizer.device != "none",
+            offload_parameters=self.parallel.offload_parameters.device != "none",
             steps=self.steps if is_known else None,
             save_every=self.train.save_every,
         )

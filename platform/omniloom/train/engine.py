@@ -164,7 +164,7 @@ class Engine:
 
 
 def _compile(module: nn.Module, compiled: bool) -> None:
-    """Compile each layer by itself: what surrounds them, and what DeepSpeed hooks to them, stays as it is.
+    """Compile each layer by itself, but for its attention and its experts; what surrounds layers stays as it is.
 
     Where nothing is asked for, a CPU compiles nothing: a minute for the few matrix products of a Muon step.
     """
@@ -172,7 +172,7 @@ def _compile(module: nn.Module, compiled: bool) -> None:
     if compiled:
         for part in module.modules():
             if isinstance(part, Layer):
-                part.compile(dynamic=False)
+                part.compile()
 
 
 def _refuse_disk_unless_possible(parallel: ParallelConfig) -> None:
