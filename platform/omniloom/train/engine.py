@@ -180,11 +180,12 @@ def _refuse_disk_unless_possible(parallel: ParallelConfig) -> None:
     for key in ("offload_optimizer", "offload_parameters"):
         if getattr(parallel, key).device != "nvme":
             continue
-        operation = AsyncIOBuilder()
+        operation, reasons = AsyncIOBuilder(), list[str]()
+        operation.warning = reasons.append  # instead of printing them
         if not operation.is_compatible(verbose=True):
             raise ConfigError(
-                f"parallel.{key}.device=nvme needs DeepSpeed's async_io, which this machine cannot build: "
-                f"{operation.error_log}: set parallel.{key}.device=cpu"
+                f"parallel.{key}.device=nvme needs DeepSpeed's async_io, which this machine cannot build "
+                f"({' '.join(reasons)}): set parallel.{key}.device=cpu"
             )
 
 
