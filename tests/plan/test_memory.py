@@ -45,6 +45,26 @@ def test_muon_keeps_one_moment_of_the_layers_matrices() -> None:
     assert adamw - muon == pytest.approx(4 * matrices)
 
 
+def test_sgd_keeps_one_moment() -> None:
+    assert count_memory(workload(zero_stage=0, optimizer="sgd")).parts["optimizer"] == 8 * N  # and masters
+
+
+def test_what_is_offloaded_is_not_on_the_gpu() -> None:
+    at = {
+        where: count_memory(
+            workload(zero_stage=3, offload_optimizer="optimizer" in where, offload_parameters="parameters" in where)
+        ).parts
+        for where in ("", "optimizer", "optimizer, parameters")
+    }
+    assert at[""]["optimizer"] == pytest.approx(12 * N / 8)
+    assert at["optimizer"].keys() & {"optimizer", "gradients"} == set()
+    assert at["optimizer"]["weights"] == pytest.approx(2 * N / 8)
+    assert at["optimizer, parameters"].keys() & {"optimizer", "gradients", "weights"} == set()
+    assert at["optimizer, parameters"]["gathered weights"] == 2 * 1_000_000_000
+    on_cpu = [count_memory(workload(zero_stage=2, offload_optimizer=off), on_cpu=True).total for off in (False, True)]
+    assert on_cpu[0] == on_cpu[1], "there it is all one memory"
+
+
 def test_float32_at_zero_0_needs_no_masters() -> None:
     assert count_memory(workload(zero_stage=0, precision="fp32")).parts["optimizer"] == 8 * N
     assert count_memory(workload(zero_stage=1, precision="fp32")).parts["optimizer"] == pytest.approx(12 * N / 8)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from omniloom.model.config import ModelConfig
-from omniloom.train.config import ParallelConfig, TrainConfig, TrainingRun
+from omniloom.train.config import OptimizerConfig, ParallelConfig, TrainConfig, TrainingRun
 
 TEXT: dict[str, Any] = {"image_patch_pixels": None, "video_patch_pixels": None, "audio_mels": None}
 SHAPES = {
@@ -91,6 +91,8 @@ def run_of(case: dict[str, Any], ranks: int) -> TrainingRun:
         ),
         parallel=ParallelConfig(zero_stage=case["zero_stage"]),
     )
+    if case.get("optimizer") == "sgd":
+        run.optimizer = OptimizerConfig(kind="sgd", weight_decay=0.0, l2=0.1)
     run.parallel.bucket_numbers = case.get("bucket", run.parallel.bucket_numbers)
     run.data.seq_len = SEQ_LEN[case["shape"]]
     return run

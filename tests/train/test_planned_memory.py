@@ -18,7 +18,7 @@ from omniloom.plan.memory import count_memory
 WITHIN, WITHIN_LOOSE, LEAST_BYTES = 0.10, 0.20, 1e9
 
 
-def case(shape: str, zero_stage: int, ranks: int, **more: int) -> dict[str, Any]:
+def case(shape: str, zero_stage: int, ranks: int, **more: Any) -> dict[str, Any]:
     return {"shape": shape, "zero_stage": zero_stage, "ranks": ranks} | more
 
 
@@ -39,9 +39,12 @@ ALL += [
     case("mixtral", 0, 1),
     case("mixtral", 1, 2),
     case("mixtral", 3, 2),
+    # Another optimizer.
+    case("gpt", 0, 1, optimizer="sgd"),
+    case("experts", 1, 1, optimizer="sgd"),
 ]
 # Each shape, each stage and each number of ranks in few runs; `make soak` has them all.
-FEW = [ALL[i] for i in (1, 10, 13, 22, 23, 25, 31)]
+FEW = [ALL[i] for i in (1, 10, 13, 22, 23, 25, 31, 36)]
 
 
 def measured_bytes(asked: dict[str, Any]) -> float:

@@ -1,5 +1,6 @@
 """Each precision in a real DeepSpeed engine at each ZeRO stage, float8 in emulation, and what is refused where."""
 
+import gzip
 import json
 import logging
 import multiprocessing
@@ -24,8 +25,9 @@ from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 from omniloom.model.moe import MixtureOfExperts, Router
-from omniloom.train.config import OptimizerConfig, ScheduleConfig, TrainConfig, TrainingRun
+from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
 from omniloom.train.precision import convert_to_float8, refuse_unless_possible
+from omniloom.train.schedule import ScheduleConfig
 
 STEPS = 4
 # Sides in sixteens but for the 24 that keys and values are compressed to.
@@ -201,6 +203,7 @@ def train_with_overflows(engines: Any, folder: Path) -> None:
         "overflows", str(folder), str(corpus.folder), model=model, train=steps, data=DataConfig(seq_len=16)
     )
     run.schedule = ScheduleConfig(warmup_steps=2)
+    run.debug.profile_steps = [3, 4]
     run.check_run(1)
     open_run(run.folder, asdict(run), None, None)
     train(run)
@@ -261,6 +264,13 @@ def test_the_loop_records_the_loss_scale_and_each_skipped_step(folder: Path, mea
     assert [line["skipped_steps"] for line in lines] == [sum(s <= line["step"] for s in skipped) for line in lines]
     assert [line["loss_scale"] for line in lines] == [2.0 ** (24 - line["skipped_steps"]) for line in lines]
     assert lines[-1]["loss/next_token"] < lines[0]["loss/next_token"]
+
+
+def test_the_loop_traces_the_chosen_steps(folder: Path) -> None:
+    with gzip.open(folder / "overflows" / "debug" / "trace_steps_3_4_rank_0.json.gz", "rt") as stream:
+        names = [event.get("name", "") for event in json.load(stream)["traceEvents"]]
+    assert [name for name in names if name.startswith("step ")] == ["step 3", "step 4"]
+    assert "autograd::engine::evaluate_function: MmBackward0" in names
 
 
 def test_what_a_cpu_cannot_do_is_refused_before_the_engine_starts(measured: dict[str, Any]) -> None:

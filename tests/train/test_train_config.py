@@ -8,7 +8,7 @@ from omniloom.data.config import PhaseConfig
 from omniloom.data.index import Index, SourceRecord, SplitRecord
 from omniloom.errors import ConfigError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
-from omniloom.train.config import TrainConfig, TrainingRun
+from omniloom.train.config import OffloadConfig, TrainConfig, TrainingRun
 
 
 def sound_run() -> TrainingRun:
@@ -57,6 +57,62 @@ def test_a_sound_run_passes():
         ({"data__loss_weights": {"topics": float("nan")}}, ["data.loss_weights.topics=nan", "at least 0"]),
         ({"parallel__zero_stage": 4}, ["parallel.zero_stage=4", "0, 1, 2 or 3"]),
         ({"schedule__warmup_steps": 200}, ["schedule.warmup_steps=200", "train.steps=200"]),
+        ({"schedule__warmup_steps": -1}, ["schedule.warmup_steps=-1", "negative"]),
+        ({"schedule__cycles": 0}, ["schedule.cycles=0", "at least 1"]),
+        ({"schedule__cycles": 101}, ["schedule.cycles=101", "the 100 steps after warm-up"]),
+        (
+            {"schedule__cycles": 9, "schedule__cycle_length_multiplier": 3.0},
+            ["schedule.cycles=9", "schedule.cycle_length_multiplier=3.0", "without a step in the 100"],
+        ),
+        (
+            {"schedule__cycles": 2, "schedule__kind": "polynomial"},
+            ["schedule.cycles=2", "schedule.kind=cosine", "it is polynomial", "set schedule.cycles=1"],
+        ),
+        ({"schedule__power": 2.0}, ["schedule.power=2.0", "schedule.kind=polynomial", "it is cosine"]),
+        ({"schedule__power": 0.0, "schedule__kind": "polynomial"}, ["schedule.power=0.0", "above 0"]),
+        (
+            {"schedule__kind": "warmup_stable_decay", "schedule__decay_share": 0.6},
+            ["schedule.warmup_steps=100", "120 steps by schedule.decay_share=0.6", "train.steps=200"],
+        ),
+        ({"optimizer__momentum": 1.0}, ["optimizer.momentum=1.0", "under 1"]),
+        ({"optimizer__weight_decay": -0.1}, ["optimizer.weight_decay=-0.1", "at least 0"]),
+        ({"optimizer__l2": 0.2}, ["optimizer.weight_decay=0 (it is 0.1)", "optimizer.l2=0 (it is 0.2)"]),
+        ({"optimizer__kind": "sgd"}, ["optimizer.kind=sgd", "optimizer.weight_decay=0 (it is 0.1)", "optimizer.l2"]),
+        (
+            {
+                "optimizer__kind": "muon",
+                "optimizer__l2": 0.1,
+                "optimizer__weight_decay": 0.0,
+                "parallel__zero_stage": 0,
+            },
+            ["optimizer.kind=muon", "optimizer.l2=0 (it is 0.1)", "optimizer.weight_decay"],
+        ),
+        ({"parallel__offload_optimizer": OffloadConfig("gpu")}, ["parallel.offload_optimizer.device=gpu", "cpu, nvme"]),
+        (
+            {"parallel__offload_optimizer": OffloadConfig("cpu"), "parallel__zero_stage": 0},
+            ["parallel.offload_optimizer.device=cpu", "parallel.zero_stage=1 or more (it is 0)", "device=none"],
+        ),
+        (
+            {"parallel__offload_parameters": OffloadConfig("cpu"), "parallel__zero_stage": 2},
+            ["parallel.offload_parameters.device=cpu", "parallel.zero_stage=3 or more (it is 2)", "device=none"],
+        ),
+        (
+            {"parallel__offload_optimizer": OffloadConfig("nvme", "/disk"), "parallel__zero_stage": 2},
+            ["parallel.offload_optimizer.device=nvme", "parallel.zero_stage=3 (it is 2)", "device=cpu"],
+        ),
+        (
+            {"parallel__offload_parameters": OffloadConfig("nvme"), "parallel__zero_stage": 3},
+            ["parallel.offload_parameters.device=nvme", "parallel.offload_parameters.nvme_path=null"],
+        ),
+        (
+            {"parallel__offload_optimizer": OffloadConfig("cpu", "/disk")},
+            ["parallel.offload_optimizer.device=cpu", "parallel.offload_optimizer.nvme_path=/disk"],
+        ),
+        (
+            {"parallel__offload_optimizer": OffloadConfig("cpu", buffer_count=0)},
+            ["parallel.offload_optimizer.buffer_count=0", "at least 1"],
+        ),
+        ({"debug__profile_steps": [190, 210]}, ["debug.profile_steps=[190, 210]", "the run's 200"]),
         ({"schedule__kind": "cosin"}, ["schedule.kind=cosin", "did you mean 'cosine'"]),
         ({"optimizer__lr": 0.0}, ["optimizer.lr=0.0", "above 0"]),
         ({"optimizer__lr": float("nan")}, ["optimizer.lr=nan", "above 0"]),

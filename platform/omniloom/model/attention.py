@@ -60,6 +60,7 @@ def scaled(query_BTHd: Tensor, query_scale_BT: Tensor | None) -> Tensor:
     return query_BTHd if query_scale_BT is None else query_BTHd * query_scale_BT[..., None, None].to(query_BTHd.dtype)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a program for every packing otherwise
 def attend(
     query_BTHd: Tensor, key_BTKd: Tensor, value_BTKv: Tensor, places: Places, scale: float, config: ModelConfig
 ) -> Tensor:

@@ -82,6 +82,7 @@ class Experts(nn.Module):
         self.down_EFD = nn.Parameter(torch.empty(experts, inner, width))
         self.product: Callable[..., Tensor] = F.grouped_mm  # training may put one in float8 here
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it knows grouped products in bf16 alone
     def forward(self, hidden_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         experts, choices = self.gate_up_EDF.shape[0], chosen_NK.shape[1]
         order = chosen_NK.flatten().argsort(stable=True)  # choices sorted by expert

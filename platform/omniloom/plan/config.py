@@ -100,9 +100,11 @@ class Workload:
     sequence: int = 1
     expert: int = 1
     precision: str = "fp32"
-    optimizer: str = "adamw"  # or muon
+    optimizer: str = "adamw"  # or sgd with momentum, muon
     activation_checkpointing: bool = False
     bucket_numbers: int = 500_000_000  # that DeepSpeed exchanges at a time
+    offload_optimizer: bool = False  # from a GPU: its state, and at ZeRO 3 the shard's gradients
+    offload_parameters: bool = False
     steps: int | None = None
     save_every: int = 500
     share_by_modality: Mapping[str, float] = field(default_factory=lambda: {"text": 1.0})  # of positions

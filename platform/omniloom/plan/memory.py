@@ -60,6 +60,8 @@ def count_memory(workload: Workload, on_cpu: bool = False) -> Memory:
 def _of_stage(workload: Workload, stage: Stage, on_cpu: bool) -> Memory:
     shards = shard(workload, stage)
     held, activations = _held(workload, shards), _activations(workload, stage, on_cpu)
+    if not on_cpu:
+        held |= _elsewhere(workload, shards)
     logits = {"logits": _logits(workload, on_cpu)} if stage.has_head else {}
     moments = _on_cpu if on_cpu else _on_gpu
     moment, moving = max(moments(workload, shards, activations, logits), key=lambda one: _total(one[1]))
@@ -83,7 +85,7 @@ def _on_gpu(workload: Workload, shards: Shards, activations: Parts, logits: Part
         ("backward", _sum(activations, {"gradients": kept, "buffers": first})),
         ("backward", {"gradients": whole, "buffers": bucket}),
         ("backward", {"gradients": kept if stage >= 2 else 0.0, "buffers": reduced}),
-        ("step", _step(workload, shards, on_cpu=False)),
+        ("step", {} if workload.offload_optimizer else _step(workload, shards, on_cpu=False)),
     ]
 
 
@@ -124,7 +126,7 @@ def by_stage(workload: Workload, on_cpu: bool = False) -> dict[tuple[int, bool],
 
 
 def _held(workload: Workload, shards: Shards) -> Parts:
-    """What is held from step to step: w·P of weights, 4 of masters and 8 of AdamW's moments (4 of Muon's).
+    """What is held from step to step: w·P of weights, 4 of masters and 8 of AdamW's moments (4 of Muon's and SGD's).
 
     From ZeRO 1 on masters and moments, in float32 also beside float32 weights, are a shard's. At ZeRO 3 weights are
     too, and beside them stand the shard's gradients, the weights gathered, and the bucket of gradients.
@@ -145,6 +147,17 @@ def _held(workload: Workload, shards: Shards) -> Parts:
     return held
 
 
+def _elsewhere(workload: Workload, shards: Shards) -> Parts:
+    """What a GPU does not hold where it is offloaded; weights are then gathered of the rank's own shard too."""
+    parts: Parts = {}
+    if workload.offload_optimizer:
+        parts |= {"optimizer": 0.0} | ({"gradients": 0.0} if workload.zero_stage == 3 else {})
+    if workload.offload_parameters:
+        gathered = WEIGHT_BYTES[workload.precision] * min(shards.whole, LIVE_NUMBERS)
+        parts |= {"weights": 0.0, "gathered weights": gathered}
+    return parts
+
+
 def _gathered(workload: Workload, shards: Shards) -> float:
     """At ZeRO 3, of the weights that other ranks hold."""
     if workload.zero_stage < 3 or shards.common_replicas == 1:
@@ -153,9 +166,10 @@ def _gathered(workload: Workload, shards: Shards) -> float:
 
 
 def moment_bytes(workload: Workload) -> float:
-    """Of the optimizer's moments, a parameter, in float32: AdamW's two; Muon keeps one of the layers' matrices."""
+    """Of the optimizer's moments, a parameter, in float32: AdamW's two; SGD's one; Muon keeps one of the layers'
+    matrices."""
     if workload.optimizer != "muon":
-        return 8.0
+        return {"adamw": 8.0, "sgd": 4.0}[workload.optimizer]
     counted = count_parameters(workload.sizes)
     others = counted.embedding + counted.head + counted.norms
     return 4.0 + 4.0 * others / (counted.params_total + counted.params_mtp)
@@ -209,8 +223,9 @@ def _reduced(workload: Workload, shards: Shards) -> float:
 
 def _step(workload: Workload, shards: Shards, on_cpu: bool) -> Parts:
     """At the optimizer's step the shard's gradients, from ZeRO 1 on flattened in float32, and AdamW's temporaries of
-    the same size: two on a CPU, one on a GPU. At ZeRO 0 a CPU takes tensor after tensor; ZeRO 3 takes 10⁹ numbers."""
-    w, temporaries = WEIGHT_BYTES[workload.precision], 2 if on_cpu else 1
+    the same size: two on a CPU, one on a GPU; SGD has one, where weights decay. At ZeRO 0 a CPU takes tensor after
+    tensor; ZeRO 3 takes 10⁹ numbers."""
+    w, temporaries = WEIGHT_BYTES[workload.precision], 2 if on_cpu and workload.optimizer != "sgd" else 1
     if workload.zero_stage == 0:
         gradients = w * shards.whole + (4 * shards.whole if w == 2 else 0)
         return {"gradients": gradients, "buffers": 0.0 if on_cpu else 4 * shards.whole}

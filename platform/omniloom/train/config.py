@@ -10,6 +10,8 @@ from omniloom.errors import ConfigError, refuse_unless_one_of
 from omniloom.model.config import ModelConfig
 from omniloom.plan.config import Workload
 from omniloom.track.config import TrackConfig
+from omniloom.train.deepspeed_json import refuse_contradictions
+from omniloom.train.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     from omniloom.data.index import Index
@@ -34,6 +36,7 @@ class TrainConfig:
     # with a loss scale that follows the gradients; fp8: as bf16, the layers' products in float8, on a GPU that has them
     precision: str = "fp32"
     activation_checkpointing: bool = False  # keep each layer's input alone, and run the layer again backward
+    compile: bool = False  # torch.compile each layer: a minute or more at every start
     gradient_clipping: float = 1.0
     balance_loss_weight: float = 1e-4
     mtp_loss_weight: float = 0.3
@@ -58,31 +61,50 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; or Muon for the matrices of the layers, with AdamW for everything else. Norms, biases and embeddings are
-    spared the weight decay."""
+    """AdamW; SGD with momentum, v = βv + (1−β)g from v = 0; or Muon for the matrices of the layers, with AdamW for
+    everything else.
 
-    kind: str = "adamw"  # or muon
+    `weight_decay` is decoupled from the gradient, w ← (1 − rate·λ)w; `l2` adds λ‖w‖²/2 to the loss, so λw to the
+    gradient: one of the two. Norms, biases and embeddings are spared either.
+    """
+
+    kind: str = "adamw"  # or sgd, muon
     lr: float = 3e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.9  # sgd's β
     weight_decay: float = 0.1
+    l2: float = 0.0
+    decay_all: bool = False  # spare nothing
     muon_lr: float = 2e-2  # follows the same schedule
     muon_momentum: float = 0.95
 
+    def check(self) -> None:
+        """Raise ConfigError where a number cannot hold."""
+        for key in ("lr", "muon_lr"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(f"optimizer.{key}={getattr(self, key)} must be a number above 0")
+        for key in ("beta1", "beta2", "momentum", "muon_momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"optimizer.{key}={getattr(self, key)} must be at least 0 and under 1")
+        for key in ("weight_decay", "l2"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"optimizer.{key}={getattr(self, key)} must be a number of at least 0")
+
+
+SHARING = ("tensor", "pipeline", "sequence", "expert")
+
 
 @dataclass
-class ScheduleConfig:
-    """Linear warm-up, then cosine to the floor, or a plateau with a linear decay over the last `decay_share`."""
+class OffloadConfig:
+    """Where a part of the run lies while it is not worked with. The keys are DeepSpeed's."""
 
-    kind: str = "cosine"  # or warmup_stable_decay
-    warmup_steps: int = 100
-    decay_share: float = 0.3
-    floor: float = 0.1  # last rate over peak rate
-
-
-OPTIMIZERS = ("adamw", "muon")
-SHARING = ("tensor", "pipeline", "sequence", "expert")
+    device: str = "none"  # or cpu; at ZeRO 3 also nvme
+    nvme_path: str | None = None  # a folder on a disk of each node
+    pin_memory: bool = True  # page-locked, so that copies go on beside the work
+    buffer_count: int = 5  # nvme: buffers that reading and writing go through
+    buffer_size: int = 100_000_000  # nvme: numbers in one of the parameters', at least the largest tensor's shard
 
 
 @dataclass
@@ -98,6 +120,8 @@ class ParallelConfig:
     sequence: int = 1  # that share each row's tokens
     expert: int = 1  # that share the routed experts
     bucket_numbers: int = 500_000_000  # at most, that DeepSpeed exchanges at a time
+    offload_optimizer: OffloadConfig = field(default_factory=OffloadConfig)  # masters, moments and the step itself
+    offload_parameters: OffloadConfig = field(default_factory=OffloadConfig)
 
     def check(self) -> None:
         """Raise ConfigError where a number cannot hold."""
@@ -106,6 +130,43 @@ class ParallelConfig:
         for key in (*SHARING, "bucket_numbers"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"parallel.{key}={getattr(self, key)} must be at least 1")
+
+
+@dataclass
+class DebugConfig:
+    """What is recorded for somebody who looks into a run: under <run>/debug/."""
+
+    profile_steps: list[int] = field(default_factory=list)  # first and last: a Chrome trace of them, by torch.profiler
+    profile_shapes: bool = False  # of every operation's inputs
+    profile_memory: bool = False  # what each operation allocates
+    memory_snapshot_steps: list[int] = field(default_factory=list)  # first and last: what a GPU's allocator did
+    collective_timeout_s: int = 1_800  # how long a rank waits for the others before it fails
+    flight_recorder: bool = False  # NCCL: at a time-out each rank writes down its last collectives
+
+    def check(self, steps: int) -> None:
+        """Raise ConfigError where a number cannot hold in a run of so many steps."""
+        for key in ("profile_steps", "memory_snapshot_steps"):
+            chosen = getattr(self, key)
+            if chosen and not (len(chosen) == 2 and 1 <= chosen[0] <= chosen[1] <= steps):
+                raise ConfigError(
+                    f"debug.{key}={chosen} must be a first and a last step of the run's {steps}, such as [10,12], or []"
+                )
+        for key in ("profile_shapes", "profile_memory"):
+            if getattr(self, key) and not self.profile_steps:
+                raise ConfigError(f"debug.{key}=true says what a trace holds: set debug.profile_steps=[10,12] too")
+        if self.collective_timeout_s < 1:
+            raise ConfigError(f"debug.collective_timeout_s={self.collective_timeout_s} must be at least 1")
+
+    def environment(self, run_folder: Path) -> dict[str, str]:
+        """Variables that a rank must have before its process group exists, by the names of torch 2.13."""
+        if not self.flight_recorder:
+            return {}
+        return {
+            "TORCH_FR_BUFFER_SIZE": "20000",  # collectives
+            "TORCH_FR_DUMP_TEMP_FILE": f"{run_folder}/debug/flight_recorder_rank_",  # the rank follows
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_NCCL_ENABLE_MONITORING": "1",
+        }
 
 
 @dataclass
@@ -122,6 +183,7 @@ class TrainingRun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     @property
@@ -158,6 +220,8 @@ class TrainingRun:
             optimizer=self.optimizer.kind,
             activation_checkpointing=self.train.activation_checkpointing,
             bucket_numbers=self.parallel.bucket_numbers,
+            offload_optimizer=self.parallel.offload_optimizer.device != "none",
+            offload_parameters=self.parallel.offload_parameters.device != "none",
             steps=self.steps if is_known else None,
             save_every=self.train.save_every,
         )
@@ -172,18 +236,7 @@ class TrainingRun:
 
     def check_engine(self) -> None:
         """Raise ConfigError for what DeepSpeed does not do."""
-        refuse_unless_one_of("optimizer.kind", self.optimizer.kind, OPTIMIZERS)
-        if self.train.precision == "fp16" and self.parallel.zero_stage == 0:
-            raise ConfigError(
-                "at ZeRO 0 DeepSpeed divides the gradients by a loss scale that it never multiplied by: "
-                "train.precision=fp16 needs parallel.zero_stage=1, 2 or 3 (it is 0)"
-            )
-        clipping = self.train.gradient_clipping
-        if self.optimizer.kind == "muon" and self.parallel.zero_stage and clipping:
-            raise ConfigError(
-                "from ZeRO 1 on DeepSpeed clips Muon's orthogonal updates instead of the gradients, and nothing is "
-                f"learned: set train.gradient_clipping=0 (it is {clipping}), or parallel.zero_stage=0"
-            )
+        refuse_contradictions(self)
 
     def check_run(self, ranks: int) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
@@ -192,7 +245,6 @@ class TrainingRun:
         self.track.check()
         self.train.check()
         train = self.train
-        refuse_unless_one_of("schedule.kind", self.schedule.kind, ("cosine", "warmup_stable_decay"))
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise ConfigError(f"run={self.run!r} must be a plain name: it becomes a folder under runs_dir")
         if (train.steps is None) == (train.tokens is None):
@@ -216,17 +268,9 @@ class TrainingRun:
                     f"{getattr(self.parallel, name)} must be 1"
                 )
         self.check_engine()
-        if self.schedule.warmup_steps >= self.steps:
-            raise ConfigError(
-                f"warm-up must end before the run does: schedule.warmup_steps={self.schedule.warmup_steps} is not "
-                f"under train.steps={self.steps}"
-            )
-        for key in ("decay_share", "floor"):
-            if not 0 <= getattr(self.schedule, key) <= 1:
-                raise ConfigError(f"schedule.{key}={getattr(self.schedule, key)} must lie between 0 and 1")
-        for key in ("lr", "muon_lr"):
-            if not 0 < getattr(self.optimizer, key) < math.inf:
-                raise ConfigError(f"optimizer.{key}={getattr(self.optimizer, key)} must be a number above 0")
+        self.optimizer.check()
+        self.schedule.check(self.steps)
+        self.debug.check(self.steps)
 
     def check_index(self, index: "Index") -> None:
         """Raise ConfigError where the model cannot read the corpus; asked before anything starts."""

@@ -9,14 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from omniloom.data.heap import trim_heap
-from omniloom.train.config import TrainingRun
-from omniloom.train.optimizer import deepspeed_section, parameter_groups
-from omniloom.train.precision import (
-    FP32_PARAMETERS,
-    convert_to_float8,
-    deepspeed_sections,
-    refuse_unless_possible,
-)
+from omniloom.errors import ConfigError
+from omniloom.model.decoder import Layer
+from omniloom.train.config import ParallelConfig, TrainingRun
+from omniloom.train.debugging import set_collective_timeout
+from omniloom.train.deepspeed_json import deepspeed_config
+from omniloom.train.optimizer import parameter_groups
+from omniloom.train.precision import FP32_PARAMETERS, convert_to_float8, refuse_unless_possible
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, but warns on standard output
@@ -24,36 +23,13 @@ if not torch.accelerator.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 if not torch.accelerator.is_available():
-    # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the few matrix
-    # products of a Muon step. Here, as the compiler's own modules belong to the process and not to the model.
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    torch.compiler.set_stance("force_eager")
+    __compatible_ops__["deepspeed_shm_comm"] = False  # collectives in shared memory: compiled for most of a minute
 
-SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # of a parameter group; its rate is set at every step
-
-
-def deepspeed_config(run: TrainingRun, ranks: int, parameters: int) -> dict[str, Any]:
-    """Translate a run into DeepSpeed's own configuration."""
-    train = run.train
-    bucket = min(run.parallel.bucket_numbers, parameters + parameters % 2)  # DeepSpeed allocates whole ones, even ones
-    return {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
-        "gradient_clipping": train.gradient_clipping,
-        # Muon multiplies whole matrices: at stage 3 DeepSpeed takes it only with gradients reduced whole.
-        "zero_optimization": {
-            "stage": run.parallel.zero_stage,
-            "reduce_scatter": run.optimizer.kind != "muon",
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        **deepspeed_sections(train.precision),
-        "optimizer": deepspeed_section(run.optimizer),
-        "steps_per_print": 1 << 62,  # our own tracker reports
-    }
+# Of a parameter group; its rate is set at every step.
+SETTINGS = ("betas", "eps", "weight_decay", "momentum", "decoupled_weight_decay")
 
 
 class Engine:
@@ -62,7 +38,9 @@ class Engine:
     def __init__(self, module: nn.Module, run: TrainingRun) -> None:
         precision, accelerator = run.train.precision, get_accelerator()
         refuse_unless_possible(precision, module, accelerator.device_name(), accelerator.supported_dtypes())
+        _refuse_disk_unless_possible(run.parallel)
         self.float8 = convert_to_float8(module) if precision == "fp8" else []  # names of modules
+        _compile(module, run.train.compile)
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._engine, *_ = deepspeed.initialize(
@@ -70,6 +48,7 @@ class Engine:
             model_parameters=parameter_groups(module, run.optimizer),
             config=deepspeed_config(run, self.ranks, sum(p.numel() for p in module.parameters())),
         )
+        set_collective_timeout(run.debug.collective_timeout_s)  # of DeepSpeed's groups too: they have torch's default
         trim_heap()  # what building and sharding the model has freed lies in holes that fit little else
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
@@ -81,8 +60,15 @@ class Engine:
         self._clip_here = self.zero_stage == 0 and precision in FP32_PARAMETERS
         self._scales_loss = precision == "fp16"
         if self.zero_stage == 0 and not self._clip_here:
-            # DeepSpeed has taken a step of zero gradients to make the optimizer's state: Adam would count it.
+            # DeepSpeed has taken a step of zero gradients to make the optimizer's state: Adam would count it, and the
+            # masters have decayed by it.
             self._engine.optimizer.state.clear()
+            with torch.no_grad():
+                for masters, weights in zip(
+                    self._engine.optimizer.fp32_groups, self._engine.optimizer.fp16_groups, strict=True
+                ):
+                    for master, weight in zip(masters, weights, strict=True):
+                        master.copy_(weight)
 
     def forward(self, **inputs: Tensor | list[Tensor]) -> Any:
         """Run the model."""
@@ -175,6 +161,32 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
+
+
+def _compile(module: nn.Module, compiled: bool) -> None:
+    """Compile each layer by itself, but for its attention and its experts; what surrounds layers stays as it is.
+
+    Where nothing is asked for, a CPU compiles nothing: a minute for the few matrix products of a Muon step.
+    """
+    torch.compiler.set_stance("default" if compiled or torch.accelerator.is_available() else "force_eager")
+    if compiled:
+        for part in module.modules():
+            if isinstance(part, Layer):
+                part.compile()
+
+
+def _refuse_disk_unless_possible(parallel: ParallelConfig) -> None:
+    """Raise ConfigError, with DeepSpeed's own reason, where this machine cannot keep anything on a disk."""
+    for key in ("offload_optimizer", "offload_parameters"):
+        if getattr(parallel, key).device != "nvme":
+            continue
+        operation, reasons = AsyncIOBuilder(), list[str]()
+        operation.warning = reasons.append  # instead of printing them
+        if not operation.is_compatible(verbose=True):
+            raise ConfigError(
+                f"parallel.{key}.device=nvme needs DeepSpeed's async_io, which this machine cannot build "
+                f"({' '.join(reasons)}): set parallel.{key}.device=cpu"
+            )
 
 
 def shut_down() -> None:

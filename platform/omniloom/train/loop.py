@@ -19,6 +19,7 @@ from omniloom.track.run_directory import stop_asked
 from omniloom.track.tracker import Tracker
 from omniloom.train import checkpoint
 from omniloom.train.config import TrainingRun
+from omniloom.train.debugging import Recording
 from omniloom.train.engine import Engine, shut_down
 from omniloom.train.forgetting import forgetting
 from omniloom.train.schedule import rate_share
@@ -42,6 +43,7 @@ def train(run: TrainingRun) -> None:
         if engine.rank == 0:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
             tracker.event("start", step=state.step, corpora=[corpus.sha256 for corpus in corpora], ranks=where)
+        recording = stack.enter_context(Recording(run.debug, run.folder, engine.rank))
         stream = Stream(run, corpora, engine)
         _refuse_another_stream(stream, state)
         joined = appended(corpora, run.data)
@@ -56,7 +58,8 @@ def train(run: TrainingRun) -> None:
             step = state.step + 1
             torch.manual_seed(hash((run.seed, step, engine.rank)))  # dropout: a function of the step, so no state
             share = rate_share(step, run.steps, run.schedule)
-            result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share)
+            with recording.step(step):
+                result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share)
             state = replace(
                 state,
                 step=step,

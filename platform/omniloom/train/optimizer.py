@@ -1,4 +1,4 @@
-"""Which parameters decay, and the optimizer's section of DeepSpeed's configuration."""
+"""Which parameters decay."""
 
 from typing import Any
 
@@ -8,27 +8,14 @@ from omniloom.train.config import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; norms, biases and embeddings do not."""
+    """Two groups: matrices decay; norms, biases and embeddings do not, unless all is to."""
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     decay: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in model.parameters():
         (spared if parameter.dim() < 2 or id(parameter) in embeddings else decay).append(parameter)
-    return [{"params": decay, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-
-
-def deepspeed_section(config: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's `optimizer` entry: torch's own AdamW, which needs no compiled extension; Muon with it.
-
-    DeepSpeed gives Muon every parameter of two or more dimensions outside `embedding` and `lm_head`.
-    """
-    params = {
-        "lr": config.lr,
-        "betas": [config.beta1, config.beta2],
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-        "torch_adam": True,
-    }
-    if config.kind == "adamw":
-        return {"type": "AdamW", "params": params}
-    return {"type": "Muon", "params": params | {"muon_lr": config.muon_lr, "momentum": config.muon_momentum}}
+    rate = config.weight_decay + config.l2  # one of them is 0
+    return [
+        {"params": decay, "weight_decay": rate},
+        {"params": spared, "weight_decay": rate if config.decay_all else 0.0},
+    ]

@@ -11,7 +11,6 @@ Under each the router scores in float32 and its bias stays float32; norms, softm
 """
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,21 +27,6 @@ COMPUTES_IN = {
     "fp8": torch.bfloat16,
 }
 FLOAT8_CAPABILITY, FLOAT8_EXPERTS_CAPABILITY = (8, 9), (9, 0)
-
-
-def deepspeed_sections(precision: str) -> dict[str, Any]:
-    """The sections of DeepSpeed's configuration that hold a precision."""
-    return {
-        "bf16": {"enabled": precision in ("bf16", "fp8")},
-        "fp16": {"enabled": precision == "fp16"},  # the scale begins at 2¹⁶; by default it is dynamic
-        "torch_autocast": {
-            "enabled": precision == "bf16_autocast",
-            "dtype": "bfloat16",
-            # Modules named here exchange weights and gradients in bf16. Ours exchange fp32: every ZeRO stage then
-            # learns the same.
-            "lower_precision_safe_modules": [],
-        },
-    }
 
 
 def refuse_unless_possible(precision: str, module: nn.Module, device: str, dtypes: Collection[torch.dtype]) -> None:
