@@ -3,27 +3,34 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from test_ranks import TINY
 
 from omniloom.data.config import DataConfig
+from omniloom.data.corpus import Corpus
 from omniloom.model.config import ModelConfig
 from omniloom.train.config import ScheduleConfig, TrainConfig, TrainingRun
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
 
-def words_run(folder: Path, name: str, train: TrainConfig, sizes: ModelConfig = TINY) -> TrainingRun:
-    """A run in `folder`, its corpus beside it; several share one."""
+@cache
+def words(folder: Path) -> Corpus:
+    """Made once."""
     from handmade import build
 
-    files = folder / "files"
-    files.mkdir(exist_ok=True)
-    (files / "a.txt").write_text("red green blue " * 400)
+    (folder / "files").mkdir()
+    (folder / "files" / "a.txt").write_text("red green blue " * 400)
     source = {"words": {"format": "text", "train": ["files/*.txt"]}}
     (folder / "manifest.yaml").write_text(json.dumps({"sources": source}))
-    corpus = build(folder / "manifest.yaml", folder / "corpus")
+    return build(folder / "manifest.yaml", folder / "corpus")
+
+
+def words_run(folder: Path, name: str, train: TrainConfig, sizes: ModelConfig = TINY) -> TrainingRun:
+    """A run in `folder`, its corpus beside it; several share one."""
+    corpus = words(folder)
     media = corpus.index.modality
     model = replace(
         sizes,

@@ -104,19 +104,19 @@ def told_by(watch: Health, first_layer: list[list[int]], start: int = 1) -> list
     return told
 
 
-DEAD, FEW = [0, 0, 11, 13], [7, 7, 0, 10]  # over a quarter of four experts, and no more than that
+DEAD, FEW = [0, 0, 11, 13], [8, 8, 0, 8]  # over a quarter of four experts, and no more than that
 COLLAPSED = [19, 2, 2, 1]  # every token would be 2 × the mean, half way is 1.5
 
 
 def test_an_alarm_begins_once_when_it_has_lasted_and_ends_once() -> None:
     told = told_by(health(), [EVEN, DEAD, DEAD, EVEN, DEAD, DEAD, DEAD, DEAD, DEAD, FEW, EVEN, DEAD])
-    dead = [alarm for alarm in told if alarm["kind"] == "dead_experts"]
+    dead = [alarm for alarm in told if alarm["alarm"] == "dead_experts"]
     assert [(alarm["step"], alarm["state"], alarm["lasted_steps"]) for alarm in dead] == [
         (7, "begins", 3),
         (10, "ends", 5),
     ]
     assert dead[0] == {
-        "step": 7, "layer": 1, "kind": "dead_experts", "state": "begins", "value": 0.5, "limit": 0.25,
+        "step": 7, "layer": 1, "alarm": "dead_experts", "state": "begins", "value": 0.5, "limit": 0.25,
         "lasted_steps": 3,
     }  # fmt: skip
     assert told_by(health(), [FEW] * 9) == [], "not over the limit"
@@ -124,7 +124,7 @@ def test_an_alarm_begins_once_when_it_has_lasted_and_ends_once() -> None:
 
 def test_a_busiest_expert_beyond_its_share_of_the_way_to_all_is_an_alarm() -> None:
     (told,) = told_by(health(), [COLLAPSED] * 4)
-    assert (told["kind"], told["step"], told["limit"], told["layer"]) == ("collapse", 3, 1.5, 1)
+    assert (told["alarm"], told["step"], told["limit"], told["layer"]) == ("collapse", 3, 1.5, 1)
     assert told["value"] == pytest.approx(19 / 6)
     assert told_by(health(), [[9, 5, 5, 5]] * 9) == [], "half way, not over it"
 

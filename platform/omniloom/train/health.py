@@ -90,14 +90,14 @@ class Health:
             dead = line[f"router/{index}/dead_experts"] / moe.router.config.n_routed_experts
             load = line[f"router/{index}/load_max_over_mean"]
             limits = (("dead_experts", dead, self._config.dead_share), ("collapse", load, self._collapsed))
-            for kind, value, limit in limits:
-                before = self._steps_over[index, kind]
-                now = self._steps_over[index, kind] = before + 1 if value > limit else 0
+            for alarm, value, limit in limits:
+                before = self._steps_over[index, alarm]
+                now = self._steps_over[index, alarm] = before + 1 if value > limit else 0
                 begins, ends = now == self._config.alarm_steps, not now and before >= self._config.alarm_steps
                 if begins or ends:
                     state = "begins" if begins else "ends"
                     figures = {"value": value, "limit": limit, "lasted_steps": max(before, now)}
-                    told.append({"step": line["step"], "layer": index, "kind": kind, "state": state} | figures)
+                    told.append({"step": line["step"], "layer": index, "alarm": alarm, "state": state} | figures)
         return told
 
     def refuse_bias_at_rest(self, step: int, routing: Routing) -> None:
