@@ -13,6 +13,7 @@ from omniloom.data.config import SPLITS, CorpusConfig, DataConfig
 from omniloom.errors import ConfigError, did_you_mean, refuse_unless_one_of
 from omniloom.modality.config import ModalityConfig
 from omniloom.plan.config import HardwareConfig
+from omniloom.plan.speeds import PRODUCTS_IN
 from omniloom.track.config import TrackConfig
 from omniloom.train.config import TrainConfig, TrainingRun
 
@@ -51,6 +52,11 @@ class TrainSettings(TrainingRun, CorpusConfig):
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     like: str | None = None  # a run whose configuration comes before this command's overrides
     fork: str | None = None  # <run>@<step>: a checkpoint to begin at, with its optimizer and place in the data
+
+    @property
+    def peak_flops_per_s(self) -> float | None:
+        """Of one rank in the precision of its products, by its data sheet; None where the cluster does not say."""
+        return self.cluster.device.peak_flops_per_s.get(PRODUCTS_IN[self.train.precision])
 
     def check(self) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""

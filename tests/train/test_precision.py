@@ -8,18 +8,18 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_run import train_here, words_run
 from test_ranks import MEDIA, TINY, row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniloom.data.config import DataConfig
 from omniloom.data.loader import Batch
 from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
@@ -90,7 +90,7 @@ def measure(folder: Path) -> None:
             if (precision, stage) != ("fp16", 0):
                 answer[f"{precision}/{stage}"] = learn(engines, precision, stage, folder / f"{precision}{stage}")
     answer["overflow"] = {stage: overflow(engines, stage) for stage in (1, 3)}
-    train_with_overflows(engines, folder)
+    train_with_overflows(folder)
     (folder / "answer.json").write_text(json.dumps(answer))
 
 
@@ -149,7 +149,7 @@ def learn(engines: Any, precision: str, stage: int, folder: Path) -> dict[str, A
         "names": list(weights) == names,
         "float8": sorted(engine.float8),
         "loss_scale": engine.loss_scale,
-        "skipped_steps": engine.skipped_steps,
+        "skipped_steps": engine._engine.skipped_steps,
     }
 
 
@@ -166,47 +166,26 @@ def overflow(engines: Any, stage: int) -> dict[str, Any]:
     before = {name: weight.clone() for name, weight in engine.weights().items()}
     ((_, norm),) = take(1)
     after = engine.weights()
-    told = {"norm": norm, "skipped": engine.skipped, "skipped_steps": engine.skipped_steps, "scale": engine.loss_scale}
+    told = {
+        "norm": norm,
+        "skipped": engine.skipped,
+        "skipped_steps": engine._engine.skipped_steps,
+        "scale": engine.loss_scale,
+    }
     told["unchanged"] = all(torch.equal(before[name], after[name]) for name in before)  # the router's bias with them
     scaler.cur_scale = 2.0**16
     ((_, norm),) = take(1)
-    return told | {"then": [norm, engine.skipped, engine.skipped_steps]}
+    return told | {"then": [norm, engine.skipped, engine._engine.skipped_steps]}
 
 
-def train_with_overflows(engines: Any, folder: Path) -> None:
+def train_with_overflows(folder: Path) -> None:
     """The whole loop on a small corpus of words."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-    from handmade import build
-
-    from omniloom.track.run_directory import open_run
-    from omniloom.train.loop import train
-
-    files = folder / "files"
-    files.mkdir()
-    (files / "a.txt").write_text("red green blue " * 400)
-    source = {"words": {"format": "text", "train": ["files/*.txt"]}}
-    (folder / "manifest.yaml").write_text(json.dumps({"sources": source}))
-    corpus = build(folder / "manifest.yaml", folder / "corpus")
-    media = corpus.index.modality
-    model = replace(
-        SIZES,
-        vocab_size=corpus.index.vocab_size,
-        image_patch_pixels=media.image.patch_pixels,
-        video_patch_pixels=media.video.patch_pixels,
-        audio_mels=media.audio.mels,
-        audio_frames_per_token=media.audio.frames_per_token,
-    )
     steps = TrainConfig(
         steps=16, global_batch_size=2, micro_batch_size=2, precision="fp16", val_every=16, save_every=16
     )
-    run = TrainingRun(
-        "overflows", str(folder), str(corpus.folder), model=model, train=steps, data=DataConfig(seq_len=16)
-    )
-    run.schedule = ScheduleConfig(warmup_steps=2)
+    run = words_run(folder, "overflows", steps, SIZES)
     run.debug.profile_steps = [3, 4]
-    run.check_run(1)
-    open_run(run.folder, asdict(run), None, None)
-    train(run)
+    train_here(run)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """One training step against the literal sums, document by document, without packing."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,16 @@ class OneRank:
     def __init__(self, model: Decoder) -> None:
         self.model, self.rate_share = model, 0.0
 
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def forward(self, **inputs: Any) -> Output:
         return self.model(**inputs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, rate_share: float) -> float:
+    def step(self, rate_share: float, norm_limit: float) -> float:
         self.rate_share = rate_share
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
 
@@ -123,8 +127,8 @@ def test_the_bias_of_every_router_moves_the_mtp_modules_too() -> None:
     model = decoder(1)
     config = TrainConfig(expert_bias_rate=0.5)
     result = training_step(OneRank(model), model, batches(2), WEIGHTS, config, 1.0)
-    assert result.tokens_per_expert_LE.shape == (2, 4)
-    for moe, counts in zip((model.layers[1].mlp, model.mtp[0].layer.mlp), result.tokens_per_expert_LE, strict=True):
+    assert result.routing.choices_LE.shape == (2, 4)
+    for moe, counts in zip((model.layers[1].mlp, model.mtp[0].layer.mlp), result.routing.choices_LE, strict=True):
         assert counts.sum() == 2 * result.tokens
         assert torch.equal(moe.router.bias_E, 0.5 * torch.sign(counts.float().mean() - counts))
 

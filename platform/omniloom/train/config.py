@@ -170,6 +170,44 @@ class DebugConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Which steps are left out, so that neither weights nor moments nor router biases move: those whose gradient norm
+    is not finite, and with `spike_factor` those whose norm is out of line.
+
+    Off by default: clipping bounds what one step can do, and no factor is right for every run.
+    """
+
+    spike_factor: float | None = None  # the largest norm over the median of the last `window`
+    window: int = 100  # finite norms; before there are as many none is a spike
+    max_skipped: int = 10  # in a row; then the run stops
+
+    def check(self) -> None:
+        """Raise ConfigError where a number cannot hold."""
+        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
+            raise ConfigError(f"guard.spike_factor={self.spike_factor} must be a number above 1, or null")
+        for key in ("window", "max_skipped"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"guard.{key}={getattr(self, key)} must be at least 1")
+
+
+@dataclass
+class HealthConfig:
+    """When a mixture-of-experts layer raises an alarm: where one of the limits is passed for `alarm_steps` in a row."""
+
+    dead_share: float = 0.1  # of a layer's experts, that get no token of a step
+    collapse_share: float = 0.5  # of the way from an even load to every token at the busiest expert
+    alarm_steps: int = 100
+
+    def check(self) -> None:
+        """Raise ConfigError where a number cannot hold."""
+        for key in ("dead_share", "collapse_share"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"health.{key}={getattr(self, key)} must lie between 0 and 1")
+        if self.alarm_steps < 1:
+            raise ConfigError(f"health.alarm_steps={self.alarm_steps} must be at least 1")
+
+
+@dataclass
 class TrainingRun:
     """Everything a rank needs to know; the resolved configuration of a run."""
 
@@ -185,6 +223,13 @@ class TrainingRun:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+    @property
+    def peak_flops_per_s(self) -> float | None:
+        """Of one rank in the precision of its products, by its data sheet; None where the run does not know."""
+        return None
 
     @property
     def folder(self) -> Path:
@@ -271,6 +316,13 @@ class TrainingRun:
         self.optimizer.check()
         self.schedule.check(self.steps)
         self.debug.check(self.steps)
+        self.guard.check()
+        self.health.check()
+        if self.guard.spike_factor and self.optimizer.kind == "muon" and self.parallel.zero_stage:
+            raise ConfigError(
+                "from ZeRO 1 on DeepSpeed tells the norm of Muon's orthogonal updates, which no spike moves: set "
+                f"guard.spike_factor=null (it is {self.guard.spike_factor}), or parallel.zero_stage=0"
+            )
 
     def check_index(self, index: "Index") -> None:
         """Raise ConfigError where the model cannot read the corpus; asked before anything starts."""

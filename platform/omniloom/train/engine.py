@@ -1,6 +1,9 @@
 """DeepSpeed: the one place that knows it. Our configuration in, a sharded engine out."""
 
+import math
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from omniloom.train.debugging import set_collective_timeout
 from omniloom.train.deepspeed_json import deepspeed_config
 from omniloom.train.optimizer import parameter_groups
 from omniloom.train.precision import FP32_PARAMETERS, convert_to_float8, refuse_unless_possible
+from omniloom.train.timing import Clock
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, but warns on standard output
@@ -49,6 +53,7 @@ class Engine:
             config=deepspeed_config(run, self.ranks, sum(p.numel() for p in module.parameters())),
         )
         set_collective_timeout(run.debug.collective_timeout_s)  # of DeepSpeed's groups too: they have torch's default
+        self._engine.basic_optimizer.step = self._unless_over_limit(self._engine.basic_optimizer.step)
         trim_heap()  # what building and sharding the model has freed lies in holes that fit little else
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
@@ -56,6 +61,7 @@ class Engine:
         self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
         self.device: torch.device = self._engine.device
         self.module = module
+        self.clock = Clock(self.device)
         # The gradients' norm is ours to take where DeepSpeed keeps none.
         self._clip_here = self.zero_stage == 0 and precision in FP32_PARAMETERS
         self._scales_loss = precision == "fp16"
@@ -84,27 +90,42 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro batch
 
-    def step(self, rate_share: float) -> float:
-        """Take the optimizer step at this share of the peak rates; returns the global gradient norm."""
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """What the body takes belongs to this part of the step."""
+        return self.clock.part(part)
+
+    def step(self, rate_share: float, norm_limit: float = math.inf) -> float:
+        """Take the optimizer step at this share of the peak rates; returns the global gradient norm.
+
+        Where the norm is not finite, or over its limit, the step is left out: neither weights nor moments move.
+        """
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate_share
-        norm = None
+        self._norm_limit, self._over_limit = norm_limit, False
         if self._clip_here:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            self._norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return float(norm)
+        return float(self._norm if self._clip_here else self._engine.get_global_grad_norm())
+
+    def _unless_over_limit(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The `step` of torch's optimizer, which comes last at every ZeRO stage: DeepSpeed knows the norm by then.
+
+        DeepSpeed leaves out by itself what is not finite, but for fp32 parameters at stage 0. It calls `step` once for
+        each of its groups, with the same norm; a loss scale takes such a step for a good one.
+        """
+
+        def unless_over_limit(*args: Any, **kwargs: Any) -> Any:
+            norm = float(self._norm if self._clip_here else self._engine.optimizer._global_grad_norm)
+            self._over_limit = not (math.isfinite(norm) and norm <= self._norm_limit)
+            return None if self._over_limit else step(*args, **kwargs)
+
+        return unless_over_limit
 
     @property
     def skipped(self) -> bool:
-        """Whether DeepSpeed left the last step out, as its gradients were not finite."""
-        return not self._engine.was_step_applied()
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were left out since the run began."""
-        return self._engine.skipped_steps
+        """Whether the last step was left out."""
+        return self._over_limit or not self._engine.was_step_applied()
 
     @property
     def loss_scale(self) -> float | None:

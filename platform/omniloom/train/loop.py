@@ -7,7 +7,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -22,8 +21,9 @@ from omniloom.train.config import TrainingRun
 from omniloom.train.debugging import Recording
 from omniloom.train.engine import Engine, shut_down
 from omniloom.train.forgetting import forgetting
+from omniloom.train.record import Recorder
 from omniloom.train.schedule import rate_share
-from omniloom.train.step import StepResult, sparse_layers, training_step
+from omniloom.train.step import training_step
 from omniloom.train.stream import Stream
 
 
@@ -52,14 +52,16 @@ def train(run: TrainingRun) -> None:
             tracker.event("plan", **asdict(stream.plan.record))
         if tracker is not None and engine.float8:
             tracker.event("float8", modules=engine.float8)
+        record = Recorder(run, model, engine, tracker)
         began, first = time.monotonic(), state.step
         for batches, waited_s in stream.steps(state.step):
-            started = time.monotonic()
+            engine.clock.start()
             step = state.step + 1
             torch.manual_seed(hash((run.seed, step, engine.rank)))  # dropout: a function of the step, so no state
             share = rate_share(step, run.steps, run.schedule)
             with recording.step(step):
-                result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share)
+                limit = record.norm_limit
+                result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share, limit)
             state = replace(
                 state,
                 step=step,
@@ -69,9 +71,7 @@ def train(run: TrainingRun) -> None:
             )
             peak = peak_memory_bytes()
             memory, added, stop = engine.max_over_ranks([peak, peak - footprint, float(stop_asked(run.folder))])
-            line = _line(run, state, result, model, run.optimizer.lr * share) | _times(
-                engine, result, time.monotonic() - started + waited_s, waited_s
-            )
+            line = record.line(state, result, run.optimizer.lr * share, waited_s)
             line |= {"memory_peak_bytes": int(memory), "memory_added_bytes": int(added)}
             line["batch_hash"] = state.batch_hash
             line["eta_s"] = (time.monotonic() - began) / (step - first) * (run.steps - step)
@@ -80,9 +80,8 @@ def train(run: TrainingRun) -> None:
                 if tracker is not None:
                     line |= forgetting(run.folder, line, joined, run.train.global_batch_size)
             if tracker is not None:
-                if engine.skipped:
-                    tracker.event("skipped_step", step=step, loss_scale=engine.loss_scale)
-                tracker.metrics(line | _scaling(engine))
+                tracker.metrics(line)
+            record.refuse_unsound(step, result)
             if step % run.train.save_every == 0 or step == run.steps or stop:
                 folder = checkpoint.save(engine, model, corpora[0], run.folder, state)
                 if tracker is not None:
@@ -98,42 +97,6 @@ def _refuse_another_stream(stream: Stream, state: checkpoint.State) -> None:
             f"the stream is not the one trained on: the batch of step {state.step} was {state.batch_hash[:12]} and is "
             f"{found[:12]}: what data.phases declare up to sample {state.samples:,} must stay as it was"
         )
-
-
-def _line(run: TrainingRun, state: checkpoint.State, result: StepResult, model: Decoder, lr: float) -> dict[str, Any]:
-    """The metrics of one step, by the contract's keys."""
-    line: dict[str, Any] = {
-        "step": state.step,
-        "loss/next_token": result.next_token,
-        "loss/balance": result.balance,
-        "lr": lr,
-        "grad_norm": result.grad_norm,
-        "tokens": state.tokens,
-    }
-    if result.mtp is not None:
-        line["loss/mtp"] = result.mtp
-    for (index, _), counts_E in zip(sparse_layers(model), result.tokens_per_expert_LE.tolist(), strict=True):
-        mean = sum(counts_E) / len(counts_E)
-        line[f"router/{index}/load_max_over_mean"] = max(counts_E) / mean if mean else 0.0
-        line[f"router/{index}/dead_experts"] = counts_E.count(0)
-        line[f"router/{index}/tokens_per_expert"] = counts_E
-    return line
-
-
-def _times(engine: Engine, result: StepResult, step_s: float, waited_s: float) -> dict[str, float]:
-    return {
-        "tokens_per_s": result.tokens / step_s,
-        "tokens_per_s_per_rank": result.tokens / step_s / engine.ranks,
-        "step_s": step_s,
-        "data_wait_s": waited_s,
-    }
-
-
-def _scaling(engine: Engine) -> dict[str, float]:
-    """fp16's loss scale after the step, and how many steps it has cost so far."""
-    if engine.loss_scale is None:
-        return {}
-    return {"loss_scale": engine.loss_scale, "skipped_steps": engine.skipped_steps}
 
 
 def _footprint_bytes() -> int:

@@ -3,6 +3,7 @@
 B batch, T tokens, M targets, E experts, L mixture-of-experts layers, S sources.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from omniloom.data.loader import Batch
 from omniloom.model.decoder import Decoder, Output
-from omniloom.model.moe import MixtureOfExperts, update_expert_bias
+from omniloom.model.moe import update_expert_bias
 from omniloom.objective.balance import count_documents, sequence_balance
 from omniloom.objective.next_token import next_token_nll, shifted_targets
 from omniloom.train.config import TrainConfig
 from omniloom.train.engine import Engine
+from omniloom.train.health import Routing, add_up, sparse_layers
+
+MODALITIES = ("text", "image", "audio", "video")  # by the number that a position holds
 
 
 @dataclass
@@ -27,8 +31,15 @@ class StepResult:
     mtp: float | None  # mean over the multi-token-prediction modules, where there are any
     balance: float
     grad_norm: float
-    tokens: int  # positions that hold a token, padding excluded
-    tokens_per_expert_LE: Tensor
+    tokens_by_modality: list[int]  # positions that hold a token, padding excluded
+    row_tokens: int  # positions of a row
+    routing: Routing
+    skipped: bool  # neither weights nor biases have moved
+
+    @property
+    def tokens(self) -> int:
+        """Of all modalities."""
+        return sum(self.tokens_by_modality)
 
 
 class Targets(NamedTuple):
@@ -39,36 +50,60 @@ class Targets(NamedTuple):
     weight_M: Tensor
 
 
+class Totals(NamedTuple):
+    """Of the whole global batch."""
+
+    weights: list[float]  # Σ w of the targets, by how far ahead they lie
+    documents: float
+    tokens: list[int]  # by modality
+
+
 def training_step(
-    engine: Engine, model: Decoder, batches: list[Batch], loss_weight_S: Tensor, config: TrainConfig, rate_share: float
+    engine: Engine,
+    model: Decoder,
+    batches: list[Batch],
+    loss_weight_S: Tensor,
+    config: TrainConfig,
+    rate_share: float,
+    norm_limit: float = math.inf,
 ) -> StepResult:
     """loss = Σ w·nll / Σ w + λ · mean over depths of the same ahead + α · mean balance; then the optimizer, the bias.
 
-    All sums are over the whole global batch.
+    All sums are over the whole global batch. Neither moves where the gradients' norm is not finite, or over its limit.
     """
     depths = model.config.num_nextn_predict_layers
     targets = [[_targets(batch, loss_weight_S, 1 + depth) for depth in range(1 + depths)] for batch in batches]
-    totals = [sum(float(of_batch[depth].weight_M.sum()) for of_batch in targets) for depth in range(1 + depths)]
-    totals.append(float(sum(count_documents(batch.fields["document"]) for batch in batches)))
-    totals.append(float(sum(int((batch.fields["document"] >= 0).sum()) for batch in batches)))
-    held = torch.tensor(totals, dtype=torch.float64, device=engine.device)
-    *total_weights, total_documents, total_tokens = engine.sum_over_ranks(held).tolist()
-
+    totals = _add_up_batch(engine, batches, targets)
     sums = torch.zeros(2 + depths, dtype=torch.float64, device=engine.device)
-    counts_LE = None
+    routed = []
     for batch, ahead in zip(batches, targets, strict=True):
-        loss, parts, counts = _micro_batch(engine, model, batch, ahead, total_weights, total_documents, config)
-        engine.backward(loss)
+        with engine.timed("forward"):
+            loss, parts, routing_2LE = _micro_batch(engine, model, batch, ahead, totals, config)
+        with engine.timed("backward"):
+            engine.backward(loss)
         sums += parts
-        counts_LE = counts if counts_LE is None or counts is None else counts_LE + counts
-    grad_norm = engine.step(rate_share)
+        routed.append(routing_2LE)
+    with engine.timed("optimizer"):
+        grad_norm = engine.step(rate_share, norm_limit)
 
-    mean_nll, mean_balance, *mean_mtp = engine.sum_over_ranks(sums).tolist()
-    counts_LE = torch.zeros(0, 0) if counts_LE is None else engine.sum_over_ranks(counts_LE)
+    routed_2LE = torch.stack(routed).sum(0)
+    summed = engine.sum_over_ranks(torch.cat([sums, routed_2LE.flatten()]))
+    mean_nll, mean_balance, *mean_mtp = summed[: len(sums)].tolist()
+    routing = Routing(*summed[len(sums) :].view_as(routed_2LE))
     if not engine.skipped:
-        _move_biases(model, counts_LE, config)
+        _move_biases(model, routing.choices_LE, config)
     mtp_mean = sum(mean_mtp) / depths if depths else None
-    return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, int(total_tokens), counts_LE)
+    row_tokens = batches[0].fields["document"].shape[1]
+    return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, totals.tokens, row_tokens, routing, engine.skipped)
+
+
+def _add_up_batch(engine: Engine, batches: list[Batch], targets: list[list[Targets]]) -> Totals:
+    depths = len(targets[0])
+    sums = [sum(float(ahead[depth].weight_M.sum()) for ahead in targets) for depth in range(depths)]
+    sums.append(float(sum(count_documents(batch.fields["document"]) for batch in batches)))
+    sums += torch.stack([_count_tokens(batch) for batch in batches]).sum(0).tolist()
+    summed = engine.sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=engine.device)).tolist()
+    return Totals(summed[:depths], summed[depths], [int(count) for count in summed[depths + 1 :]])
 
 
 def _micro_batch(
@@ -76,11 +111,10 @@ def _micro_batch(
     model: Decoder,
     batch: Batch,
     targets: list[Targets],
-    total_weights: list[float],
-    total_documents: float,
+    totals: Totals,
     config: TrainConfig,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One forward pass: its share of the loss, of next-token, balance and each module's loss, and the experts' counts.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass: its share of the loss, of next-token, balance and each module's loss, and its routing.
 
     The logits end with this function: the backward pass does not need them.
     """
@@ -92,14 +126,20 @@ def _micro_batch(
     assert output.logits is not None
     next_token, *mtp = (
         _share(logits, target, total)
-        for logits, target, total in zip((output.logits, *output.mtp), targets, total_weights, strict=True)
+        for logits, target, total in zip((output.logits, *output.mtp), targets, totals.weights, strict=True)
     )
-    balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / total_documents
+    balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / totals.documents
     loss = next_token + config.balance_loss_weight * balance
     if mtp:
         loss = loss + config.mtp_loss_weight * torch.stack(mtp).mean()  # Eq. 25
-    counts_LE = torch.stack([router.tokens_per_expert_E for router in output.router]) if output.router else None
-    return loss, torch.stack([next_token, balance, *mtp]).detach().double(), counts_LE
+    routing_2LE = add_up(output.router, batch.fields["document"])
+    return loss, torch.stack([next_token, balance, *mtp]).detach().double(), routing_2LE
+
+
+def _count_tokens(batch: Batch) -> Tensor:
+    """Positions that hold a token of each modality, int64 (4,)."""
+    is_token_BT = batch.fields["document"] >= 0
+    return torch.bincount(batch.fields["modality"][is_token_BT], minlength=len(MODALITIES))
 
 
 def _targets(batch: Batch, loss_weight_S: Tensor, ahead: int) -> Targets:
@@ -117,12 +157,6 @@ def _balance(output: Output, document: Tensor, experts_per_token: int) -> Tensor
     """Mean over layers of the sequence-wise balance loss, summed over the batch's documents."""
     per_layer = [sequence_balance(router.scores_BTE, document, experts_per_token) for router in output.router]
     return torch.stack(per_layer).mean() if per_layer else output.hidden.sum() * 0.0
-
-
-def sparse_layers(model: Decoder) -> list[tuple[int, MixtureOfExperts]]:
-    """The mixture-of-experts layers with their index in the decoder; the modules of multi-token prediction go on."""
-    layers = [*model.layers, *(module.layer for module in model.mtp)]
-    return [(i, layer.mlp) for i, layer in enumerate(layers) if isinstance(layer.mlp, MixtureOfExperts)]
 
 
 @torch.no_grad()
