@@ -56,7 +56,7 @@ def train(run: TrainingRun) -> None:
             step = state.step + 1
             torch.manual_seed(hash((run.seed, step, engine.rank)))  # dropout: a function of the step, so no state
             share = rate_share(step, run.steps, run.schedule)
-            result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share)
+            result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share, run.align)
             state = replace(
                 state,
                 step=step,
@@ -109,6 +109,7 @@ def _line(run: TrainingRun, state: checkpoint.State, result: StepResult, model: 
     }
     if result.mtp is not None:
         line["loss/mtp"] = result.mtp
+    line |= result.alignment
     for (index, _), counts_E in zip(sparse_layers(model), result.tokens_per_expert_LE.tolist(), strict=True):
         mean = sum(counts_E) / len(counts_E)
         line[f"router/{index}/load_max_over_mean"] = max(counts_E) / mean if mean else 0.0

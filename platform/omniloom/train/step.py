@@ -4,7 +4,7 @@ B batch, T tokens, M targets, E experts, L mixture-of-experts layers, S sources.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from omniloom.model.decoder import Decoder, Output
 from omniloom.model.moe import MixtureOfExperts, update_expert_bias
 from omniloom.objective.balance import count_documents, sequence_balance
 from omniloom.objective.next_token import next_token_nll, shifted_targets
-from omniloom.train.config import TrainConfig
+from omniloom.train.alignment import Alignment
+from omniloom.train.config import AlignConfig, TrainConfig
 from omniloom.train.engine import Engine
 
 
@@ -29,6 +30,7 @@ class StepResult:
     grad_norm: float
     tokens: int  # positions that hold a token, padding excluded
     tokens_per_expert_LE: Tensor
+    alignment: dict[str, float] = field(default_factory=dict)  # by the keys of metrics.jsonl
 
 
 class Targets(NamedTuple):
@@ -39,13 +41,24 @@ class Targets(NamedTuple):
     weight_M: Tensor
 
 
+NO_ALIGNMENT = AlignConfig()
+
+
 def training_step(
-    engine: Engine, model: Decoder, batches: list[Batch], loss_weight_S: Tensor, config: TrainConfig, rate_share: float
+    engine: Engine,
+    model: Decoder,
+    batches: list[Batch],
+    loss_weight_S: Tensor,
+    config: TrainConfig,
+    rate_share: float,
+    align: AlignConfig = NO_ALIGNMENT,
 ) -> StepResult:
     """loss = Σ w·nll / Σ w + λ · mean over depths of the same ahead + α · mean balance; then the optimizer, the bias.
 
-    All sums are over the whole global batch.
+    The first has a weight too, and the mean contrastive loss of the pairs may come to it. All sums are over the whole
+    global batch.
     """
+    alignment = Alignment(engine, batches, align) if align.weight else None
     depths = model.config.num_nextn_predict_layers
     targets = [[_targets(batch, loss_weight_S, 1 + depth) for depth in range(1 + depths)] for batch in batches]
     totals = [sum(float(of_batch[depth].weight_M.sum()) for of_batch in targets) for depth in range(1 + depths)]
@@ -56,8 +69,10 @@ def training_step(
 
     sums = torch.zeros(2 + depths, dtype=torch.float64, device=engine.device)
     counts_LE = None
-    for batch, ahead in zip(batches, targets, strict=True):
+    for number, (batch, ahead) in enumerate(zip(batches, targets, strict=True)):
         loss, parts, counts = _micro_batch(engine, model, batch, ahead, total_weights, total_documents, config)
+        if alignment is not None:
+            loss = loss + alignment.share(number)
         engine.backward(loss)
         sums += parts
         counts_LE = counts if counts_LE is None or counts is None else counts_LE + counts
@@ -68,7 +83,8 @@ def training_step(
     if not engine.skipped:
         _move_biases(model, counts_LE, config)
     mtp_mean = sum(mean_mtp) / depths if depths else None
-    return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, int(total_tokens), counts_LE)
+    aligned = {} if alignment is None else alignment.measured
+    return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, int(total_tokens), counts_LE, aligned)
 
 
 def _micro_batch(
@@ -95,7 +111,7 @@ def _micro_batch(
         for logits, target, total in zip((output.logits, *output.mtp), targets, total_weights, strict=True)
     )
     balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / total_documents
-    loss = next_token + config.balance_loss_weight * balance
+    loss = config.next_token_loss_weight * next_token + config.balance_loss_weight * balance
     if mtp:
         loss = loss + config.mtp_loss_weight * torch.stack(mtp).mean()  # Eq. 25
     counts_LE = torch.stack([router.tokens_per_expert_E for router in output.router]) if output.router else None
