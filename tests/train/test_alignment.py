@@ -20,6 +20,7 @@ from omniloom.train.alignment import Alignment, embed_sides, heldout_retrieval
 from omniloom.train.config import AlignConfig, TrainConfig
 from omniloom.train.step import training_step
 
+torch.set_num_threads(1)
 # The contrastive loss alone.
 STAGE = TrainConfig(next_token_loss_weight=0.0, balance_loss_weight=0.0, mtp_loss_weight=0.0, expert_bias_rate=0.0)
 ALIGN = AlignConfig(weight=0.7, temperature=0.2)
@@ -110,9 +111,9 @@ def test_loss_and_gradients_are_those_of_all_pairs_of_the_global_batch_one_by_on
 
     result = training_step(OneRank(model), model, batches(micro), torch.ones(1), STAGE, 1.0, ALIGN)
     measured = result.alignment
-    assert measured["loss/contrastive"] == pytest.approx(float(mean), rel=1e-5)
+    assert measured["loss/contrastive"] == pytest.approx(mean.item(), rel=1e-5)
     for kind, losses in expected.items():
-        assert measured[f"loss/contrastive/{kind}"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+        assert measured[f"loss/contrastive/{kind}"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
         assert measured[f"align/pairs/{kind}"] == len(losses)
     assert {len(losses) for losses in expected.values()} == {1, 2, 4}
     assert max(float(g.abs().max()) for g in gradients.values()) > 1e-2
@@ -251,13 +252,13 @@ def test_without_heldout_pairs_nothing_is_told() -> None:
 
 def test_aligning_teaches_the_pairs() -> None:
     model = decoder(initializer_range=0.05)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(40):
+    for _ in range(16):
         result = training_step(OneRank(model), model, batches(4), torch.ones(1), STAGE, 1.0, ALIGN)
         losses.append(result.alignment["loss/contrastive"])
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
     measured = heldout_retrieval(OneRank(model), [[b] for b in batches(2)], ALIGN)
     assert measured["val/retrieval_at_1/image_text"] == measured["val/retrieval_at_1/text_image"] == 1.0
