@@ -147,6 +147,7 @@ class TrainingRun:
     run: str = "run"
     runs_dir: str = "runs"
     corpus: str | None = None
+    init: str | None = None  # a run[@step], a checkpoint or a model folder whose weights are the first ones
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

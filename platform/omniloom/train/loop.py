@@ -21,6 +21,7 @@ from omniloom.train import checkpoint
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine, shut_down
 from omniloom.train.forgetting import forgetting
+from omniloom.train.initial import begin_with
 from omniloom.train.schedule import rate_share
 from omniloom.train.step import StepResult, sparse_layers, training_step
 from omniloom.train.stream import Stream
@@ -32,6 +33,7 @@ def train(run: TrainingRun) -> None:
     torch.manual_seed(run.seed)
     footprint = _footprint_bytes()
     model = Decoder(run.model)
+    begin_with(model, run)
     model.activation_checkpointing = run.train.activation_checkpointing
     engine = Engine(model, run)
     with ExitStack() as stack:
