@@ -208,8 +208,8 @@ def test_the_head_says_who_the_run_is_and_what_it_learned(whole_page: Page) -> N
 
 def test_every_kind_of_metric_has_its_chart(whole_page: Page) -> None:
     assert set(whole_page.charts) == {
-        "loss", "val-sources", "forgetting", "retrieval", "loss/contrastive", "loss/mtp", "loss/balance", "lr", "grad_norm", "tokens_per_s", "step_s",
-        "memory", "load", "load-max", "needle-0", "history-acc",
+        "loss", "val-sources", "forgetting", "retrieval", "loss/contrastive", "loss/mtp", "loss/balance",
+        "lr", "grad_norm", "tokens_per_s", "step_s", "memory", "load", "load-max", "needle-0", "history-acc",
     }  # fmt: skip
     places = [attributes["data-chart"] for _, attributes in whole_page.elements if "data-chart" in attributes]
     assert sorted(places) == sorted(whole_page.charts)

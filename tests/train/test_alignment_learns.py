@@ -1,4 +1,4 @@
-"""Runs that align: handwritten and spoken digits with their names, held-out ones found by the other side; and resume."""
+"""Runs that align: handwritten and spoken digits with their names; held-out ones are found by the other side."""
 
 from pathlib import Path
 from typing import Any
