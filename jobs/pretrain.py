@@ -1,6 +1,6 @@
 """Shards to a trained model: `omniloom train corpus=corpora/mine run=first model=tiny train.steps=500`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from omniloom.cluster.session import job_id, ray_session
@@ -20,6 +20,7 @@ def main(settings: TrainSettings) -> None:
     from omniloom.track.report import reported
     from omniloom.track.run_directory import ask_to_stop, claim, locate, open_run, record_failure, running
     from omniloom.train.checkpoint import fork, newest_state
+    from omniloom.train.initial import initial_folder
     from omniloom.train.loop import train
     from omniloom.train.stream import training_rows
 
@@ -34,7 +35,12 @@ def main(settings: TrainSettings) -> None:
         with claim(run):
             if settings.fork and not (run / "run.json").is_file():
                 fork(locate(settings.fork, settings.runs_dir, "fork"), run)
-            record = open_run(run, asdict(settings), job_id(), settings.fork or settings.like)
+            job = settings
+            if settings.init and newest_state(run) is None:
+                job = replace(
+                    settings, init=str(initial_folder(settings, corpus))
+                )  # a run's newest checkpoint moves on
+            record = open_run(run, asdict(settings), job_id(), settings.fork or settings.init or settings.like)
             if record.status == "finished":
                 print(f"run {settings.run} is finished: {run}; train.steps=… makes it longer")
                 return
@@ -47,7 +53,7 @@ def main(settings: TrainSettings) -> None:
             write_plan(run, record_of(plan), begun.step if begun else 0)
             with reported(run), running(run), follow(run, settings.steps):
                 stop, failed = partial(ask_to_stop, run), partial(record_failure, run)
-                stopped = run_on_ranks(train, settings, settings.cluster, stop, failed)
+                stopped = run_on_ranks(train, job, settings.cluster, stop, failed)
                 state = newest_state(run)
                 if state is None or state.step < settings.steps:
                     raise KeyboardInterrupt(f"{stopped or 'asked to stop'}, saved at step {state.step if state else 0}")

@@ -62,6 +62,7 @@ def build_run(folder: Path, steps: int = 120, status: str = "finished", **record
         ]
         line: dict[str, Any] = {
             "step": step, "loss/next_token": loss, "loss/balance": 1 + 0.1 / step, "loss/mtp": loss * 1.1,
+            "loss/contrastive": 2 * loss,
             "lr": 3e-4 * min(1, step / 20), "grad_norm": 0.7 + noise.random(), "tokens": 512 * step,
             "tokens_per_s": 9000 + noise.gauss(0, 300), "step_s": 0.05, "data_wait_s": 0.002,
             "memory_peak_bytes": 640_000_000 + 1000 * step, "batch_hash": "ab", "eta_s": 0.05 * (240 - step),
@@ -73,6 +74,7 @@ def build_run(folder: Path, steps: int = 120, status: str = "finished", **record
         if step % 20 == 0:
             line |= {"val/loss": loss + 0.1, "val/loss/words": loss, "val/loss/sounds": loss + 0.4}
             line |= {"val/forgetting/words": 0.01} if step > 60 else {}
+            line |= {"val/retrieval_at_1/image_text": 0.5, "val/retrieval_at_1/text_image": 0.25}
         lines.append(line)
     write_lines(folder / "metrics.jsonl", lines)
     events = [
@@ -206,14 +208,15 @@ def test_the_head_says_who_the_run_is_and_what_it_learned(whole_page: Page) -> N
 
 def test_every_kind_of_metric_has_its_chart(whole_page: Page) -> None:
     assert set(whole_page.charts) == {
-        "loss", "val-sources", "forgetting", "loss/mtp", "loss/balance", "lr", "grad_norm", "tokens_per_s", "step_s",
-        "memory", "load", "load-max", "needle-0", "history-acc",
+        "loss", "val-sources", "forgetting", "retrieval", "loss/contrastive", "loss/mtp", "loss/balance",
+        "lr", "grad_norm", "tokens_per_s", "step_s", "memory", "load", "load-max", "needle-0", "history-acc",
     }  # fmt: skip
     places = [attributes["data-chart"] for _, attributes in whole_page.elements if "data-chart" in attributes]
     assert sorted(places) == sorted(whole_page.charts)
     assert [trace["name"] for trace in whole_page.charts["loss"]["data"]] == ["training", "training", "validation"]
     assert whole_page.charts["loss"]["data"][2]["x"] == [20, 40, 60, 80, 100, 120]
     assert {trace["name"] for trace in whole_page.charts["val-sources"]["data"]} == {"words", "sounds"}
+    assert {trace["name"] for trace in whole_page.charts["retrieval"]["data"]} == {"image_text", "text_image"}
     assert [shape["x0"] for shape in whole_page.charts["loss"]["layout"]["shapes"]] == [60]  # the restart
 
 

@@ -27,7 +27,6 @@ from omniloom.model.decoder import Decoder
 from omniloom.model.moe import MixtureOfExperts, Router
 from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
 from omniloom.train.precision import convert_to_float8, refuse_unless_possible
-from omniloom.train.schedule import ScheduleConfig
 
 STEPS = 4
 # Sides in sixteens but for the 24 that keys and values are compressed to.

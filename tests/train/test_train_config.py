@@ -133,6 +133,16 @@ def test_a_sound_run_passes():
         ({"data__phases": [PhaseConfig(8, {}), PhaseConfig(8, {})]}, ["data.phases", "from_sample=8 must be over 8"]),
         ({"train__precision": "bf61"}, ["train.precision=bf61", "did you mean 'bf16'"]),
         ({"track__wandb": "ofline"}, ["track.wandb=ofline", "did you mean 'offline'"]),
+        ({"train__next_token_loss_weight": -1.0}, ["train.next_token_loss_weight=-1.0", "at least 0"]),
+        ({"train__mtp_loss_weight": float("nan")}, ["train.mtp_loss_weight=nan", "at least 0"]),
+        ({"train__balance_loss_weight": float("inf")}, ["train.balance_loss_weight=inf", "at least 0"]),
+        ({"train__next_token_loss_weight": 0.0}, ["train.next_token_loss_weight=0.0", "align.weight=0.0", "both 0"]),
+        ({"align__weight": -0.1}, ["align.weight=-0.1", "at least 0"]),
+        ({"align__temperature": 0.0}, ["align.temperature=0.0", "above 0"]),
+        ({"align__max_pairs": 1}, ["align.max_pairs=1", "at least 2"]),
+        ({"align__pairs": ["image_txt"]}, ["align.pairs=image_txt", "did you mean 'image_text'"]),
+        ({"align__weight": 1.0, "align__pairs": []}, ["align.weight=1.0", "align.pairs=[image_text"]),
+        ({"align__weight": 1.0, "parallel__sequence": 2}, ["align.weight=1.0", "parallel.sequence=1 (it is 2)"]),
         ({"model__num_experts_per_tok": 9}, ["model.num_experts_per_tok=9", "model.n_routed_experts=8"]),
     ],
 )
@@ -156,6 +166,21 @@ def index_of(image=0, audio=0, video=0, modality=None) -> Index:
         SourceRecord(f"s{n}", 1.0, 1.0, "text", SplitRecord(1, 0, 1, 100, media)) for n, media in enumerate(tokens)
     ]
     return Index(300, modality or ModalityConfig(), sources, {})
+
+
+def test_a_stage_of_alignment_alone_passes():
+    changed(align__weight=1.0, train__next_token_loss_weight=0.0).check_run(ranks=2)
+
+
+def test_pairs_that_the_corpus_cannot_have_are_refused():
+    run = changed(align__weight=1.0, align__pairs=["audio_text", "image_video"])
+    with pytest.raises(ConfigError) as caught:
+        run.check_index(index_of(image=4))
+    for part in ("align.pairs=[audio_text,image_video]", "holds image, text", "align.weight=0"):
+        assert part in str(caught.value)
+    run.check_index(index_of(audio=1))
+    run.check_index(index_of(image=1, video=1))
+    changed(align__weight=0.0).check_index(index_of())
 
 
 def test_a_model_that_reads_every_medium_of_the_corpus_passes():

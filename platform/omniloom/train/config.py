@@ -38,6 +38,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # keep each layer's input alone, and run the layer again backward
     compile: bool = False  # torch.compile each layer: a minute or more at every start
     gradient_clipping: float = 1.0
+    next_token_loss_weight: float = 1.0  # 0: a stage of alignment alone
     balance_loss_weight: float = 1e-4
     mtp_loss_weight: float = 0.3
     expert_bias_rate: float = 1e-3
@@ -53,10 +54,41 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key}={value} must be at least 1")
+        for key in ("next_token_loss_weight", "balance_loss_weight", "mtp_loss_weight"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"train.{key}={getattr(self, key)} must be a number of at least 0")
 
     def gradient_accumulation_steps(self, ranks: int) -> int:
         """Micro batches of one rank in one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * ranks)
+
+
+MEDIA = ("image", "audio", "video")
+PAIRS = ("image_text", "audio_text", "video_text", "image_audio", "image_video", "audio_video")
+
+
+@dataclass
+class AlignConfig:
+    """Contrastive alignment of what belongs together, a medium and the targets behind it or two media side by side."""
+
+    weight: float = 0.0  # of its loss beside the others; 0: there is none
+    pairs: list[str] = field(default_factory=lambda: list(PAIRS[:3]))
+    temperature: float = 0.07
+    # Of a kind in a step, the first ones of the global batch: each is compared with all others of them.
+    max_pairs: int = 4_096
+
+    def check(self) -> None:
+        """Raise ConfigError where a number cannot hold."""
+        if not 0 <= self.weight < math.inf:
+            raise ConfigError(f"align.weight={self.weight} must be a number of at least 0")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"align.temperature={self.temperature} must be a number above 0")
+        if self.max_pairs < 2:
+            raise ConfigError(f"align.max_pairs={self.max_pairs} must be at least 2: a pair is told from another one")
+        for kind in self.pairs:
+            refuse_unless_one_of("align.pairs", kind, PAIRS)
+        if self.weight and not self.pairs:
+            raise ConfigError(f"align.weight={self.weight} and no pairs: set align.pairs=[{PAIRS[0]},…]")
 
 
 @dataclass
@@ -214,10 +246,12 @@ class TrainingRun:
     run: str = "run"
     runs_dir: str = "runs"
     corpus: str | None = None
+    init: str | None = None  # a run[@step], a checkpoint or a model folder whose weights are the first ones
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -289,6 +323,7 @@ class TrainingRun:
         self.data.check()
         self.track.check()
         self.train.check()
+        self.check_alignment()
         train = self.train
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise ConfigError(f"run={self.run!r} must be a plain name: it becomes a folder under runs_dir")
@@ -324,12 +359,34 @@ class TrainingRun:
                 f"guard.spike_factor=null (it is {self.guard.spike_factor}), or parallel.zero_stage=0"
             )
 
+    def check_alignment(self) -> None:
+        """Raise ConfigError where nothing would be learned, or ranks share what alignment needs whole."""
+        self.align.check()
+        if not self.train.next_token_loss_weight and not self.align.weight:
+            raise ConfigError(
+                f"nothing to learn: train.next_token_loss_weight={self.train.next_token_loss_weight} and align.weight="
+                f"{self.align.weight} are both 0"
+            )
+        for name in ("tensor", "pipeline", "sequence"):
+            if self.align.weight and getattr(self.parallel, name) > 1:
+                raise ConfigError(
+                    f"alignment runs whole rows on each rank: align.weight={self.align.weight} needs parallel.{name}=1 "
+                    f"(it is {getattr(self.parallel, name)})"
+                )
+
     def check_index(self, index: "Index") -> None:
         """Raise ConfigError where the model cannot read the corpus; asked before anything starts."""
         if index.vocab_size > self.model.vocab_size:
             raise ConfigError(
                 f"the corpus has {index.vocab_size:,} ids, the model embeds {self.model.vocab_size:,}: "
                 f"set model.vocab_size={index.vocab_size}"
+            )
+        held = {m: sum(source.train.media_tokens[m] for source in index.sources) for m in MEDIA}
+        there = {"text", *(medium for medium, tokens in held.items() if tokens)}
+        if self.align.weight and not any(there.issuperset(kind.split("_")) for kind in self.align.pairs):
+            raise ConfigError(
+                f"nothing to align: align.pairs=[{','.join(self.align.pairs)}] and the corpus holds "
+                f"{', '.join(sorted(there))}: set align.weight=0 or other pairs"
             )
         media = index.modality
         sizes = [  # medium, the model's key, the corpus's value
@@ -340,7 +397,7 @@ class TrainingRun:
         if self.model.audio_mels is not None:
             sizes.append(("audio", "audio_frames_per_token", media.audio.frames_per_token))
         for medium, key, corpus_has in sizes:
-            tokens = sum(source.train.media_tokens[medium] for source in index.sources)
+            tokens = held[medium]
             model_reads = getattr(self.model, key)
             if tokens and model_reads is None:
                 raise ConfigError(

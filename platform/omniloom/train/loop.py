@@ -21,6 +21,7 @@ from omniloom.train.config import TrainingRun
 from omniloom.train.debugging import Recording
 from omniloom.train.engine import Engine, shut_down
 from omniloom.train.forgetting import forgetting
+from omniloom.train.initial import begin_with
 from omniloom.train.record import Recorder
 from omniloom.train.schedule import rate_share
 from omniloom.train.step import training_step
@@ -33,6 +34,7 @@ def train(run: TrainingRun) -> None:
     torch.manual_seed(run.seed)
     footprint = _footprint_bytes()
     model = Decoder(run.model)
+    begin_with(model, run)
     model.activation_checkpointing = run.train.activation_checkpointing
     engine = Engine(model, run)
     with ExitStack() as stack:
@@ -60,8 +62,9 @@ def train(run: TrainingRun) -> None:
             torch.manual_seed(hash((run.seed, step, engine.rank)))  # dropout: a function of the step, so no state
             share = rate_share(step, run.steps, run.schedule)
             with recording.step(step):
-                limit = record.norm_limit
-                result = training_step(engine, model, batches, stream.loss_weight_S, run.train, share, limit)
+                result = training_step(
+                    engine, model, batches, stream.loss_weight_S, run.train, share, record.norm_limit, run.align
+                )
             state = replace(
                 state,
                 step=step,

@@ -67,7 +67,7 @@ class Recorder:
             line["loss_scale"] = self._engine.loss_scale  # of the next step
         for key, count in zip(self._tokens, result.tokens_by_modality, strict=True):
             self._tokens[key] += count
-        line |= self._tokens | self._health.figures(result.routing) | self._times(result, waited_s)
+        line |= result.alignment | self._tokens | self._health.figures(result.routing) | self._times(result, waited_s)
         if self._tracker is not None:
             for alarm in self._health.alarms(line):
                 self._tracker.event("router_alarm", **alarm)

@@ -5,7 +5,7 @@ B batch, T tokens, M targets, E experts, L mixture-of-experts layers, S sources.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,10 +16,12 @@ from omniloom.model.decoder import Decoder, Output
 from omniloom.model.moe import update_expert_bias
 from omniloom.objective.balance import count_documents, sequence_balance
 from omniloom.objective.next_token import next_token_nll, shifted_targets
-from omniloom.train.config import TrainConfig
+from omniloom.train.alignment import Alignment
+from omniloom.train.config import AlignConfig, TrainConfig
 from omniloom.train.engine import Engine
 from omniloom.train.health import Routing, add_up, sparse_layers
 
+NO_ALIGNMENT = AlignConfig()
 MODALITIES = ("text", "image", "audio", "video")  # by the number that a position holds
 
 
@@ -35,6 +37,7 @@ class StepResult:
     row_tokens: int  # positions of a row
     routing: Routing
     skipped: bool  # neither weights nor biases have moved
+    alignment: dict[str, float] = field(default_factory=dict)  # by the keys of metrics.jsonl
 
     @property
     def tokens(self) -> int:
@@ -58,6 +61,9 @@ class Totals(NamedTuple):
     tokens: list[int]  # by modality
 
 
+NO_ALIGNMENT = AlignConfig()
+
+
 def training_step(
     engine: Engine,
     model: Decoder,
@@ -66,19 +72,25 @@ def training_step(
     config: TrainConfig,
     rate_share: float,
     norm_limit: float = math.inf,
+    align: AlignConfig = NO_ALIGNMENT,
 ) -> StepResult:
     """loss = Σ w·nll / Σ w + λ · mean over depths of the same ahead + α · mean balance; then the optimizer, the bias.
 
-    All sums are over the whole global batch. Neither moves where the gradients' norm is not finite, or over its limit.
+    The first has a weight too, and the mean contrastive loss of the pairs may come to it. All sums are over the whole
+    global batch. Neither moves where the gradients' norm is not finite, or over its limit.
     """
+    with engine.timed("forward"):
+        alignment = Alignment(engine, batches, align) if align.weight else None
     depths = model.config.num_nextn_predict_layers
     targets = [[_targets(batch, loss_weight_S, 1 + depth) for depth in range(1 + depths)] for batch in batches]
     totals = _add_up_batch(engine, batches, targets)
     sums = torch.zeros(2 + depths, dtype=torch.float64, device=engine.device)
     routed = []
-    for batch, ahead in zip(batches, targets, strict=True):
+    for number, (batch, ahead) in enumerate(zip(batches, targets, strict=True)):
         with engine.timed("forward"):
             loss, parts, routing_2LE = _micro_batch(engine, model, batch, ahead, totals, config)
+            if alignment is not None:
+                loss = loss + alignment.share(number)
         with engine.timed("backward"):
             engine.backward(loss)
         sums += parts
@@ -94,7 +106,10 @@ def training_step(
         _move_biases(model, routing.choices_LE, config)
     mtp_mean = sum(mean_mtp) / depths if depths else None
     row_tokens = batches[0].fields["document"].shape[1]
-    return StepResult(mean_nll, mtp_mean, mean_balance, grad_norm, totals.tokens, row_tokens, routing, engine.skipped)
+    aligned = {} if alignment is None else alignment.measured
+    return StepResult(
+        mean_nll, mtp_mean, mean_balance, grad_norm, totals.tokens, row_tokens, routing, engine.skipped, aligned
+    )
 
 
 def _add_up_batch(engine: Engine, batches: list[Batch], targets: list[list[Targets]]) -> Totals:
@@ -129,7 +144,7 @@ def _micro_batch(
         for logits, target, total in zip((output.logits, *output.mtp), targets, totals.weights, strict=True)
     )
     balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / totals.documents
-    loss = next_token + config.balance_loss_weight * balance
+    loss = config.next_token_loss_weight * next_token + config.balance_loss_weight * balance
     if mtp:
         loss = loss + config.mtp_loss_weight * torch.stack(mtp).mean()  # Eq. 25
     routing_2LE = add_up(output.router, batch.fields["document"])

@@ -10,6 +10,7 @@ from omniloom.data.corpus import Corpus, Documents
 from omniloom.data.loader import Batch, Rows, Share, batch_hash, rank_batches
 from omniloom.data.plan import Phase, Plan, Schedule, heldout_rows, open_plan
 from omniloom.data.schedule import loss_weights, read_schedule
+from omniloom.train.alignment import heldout_retrieval
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine
 from omniloom.train.step import validation_loss
@@ -63,7 +64,11 @@ class Stream:
         if not steps:
             return {}
         batches = self._batches(self._heldout, self._val_width, 0, steps, workers=0)
-        return validation_loss(self._engine, batches, self.loss_weight_S, self.names)
+        losses = validation_loss(self._engine, batches, self.loss_weight_S, self.names)
+        if self._run.align.weight:
+            batches = self._batches(self._heldout, self._val_width, 0, steps, workers=0)
+            losses |= heldout_retrieval(self._engine, batches, self._run.align)
+        return losses
 
     def _batches(
         self, rows: Rows, batch_size: int, first: int, steps: int, workers: int | None = None

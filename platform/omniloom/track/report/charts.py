@@ -20,7 +20,9 @@ def training_charts(metrics: Metrics, restarts: list[int]) -> list[Chart]:
     charts = [_loss_chart(curves)]
     charts.append(_by_source(curves, "val/loss/", "val-sources", "Validation loss by source"))
     charts.append(_by_source(curves, "val/forgetting/", "forgetting", "Forgetting: loss since a corpus joined"))
+    charts.append(_by_source(curves, "val/retrieval_at_1/", "retrieval", "Held-out pairs found, from_to"))
     names = {"loss/mtp": "Multi-token prediction loss", "loss/balance": "Load-balance loss"}
+    names["loss/contrastive"] = "Contrastive loss of pairs"
     more = {key: names.get(key, key) for key in sorted(curves) if key.startswith("loss/") and key != "loss/next_token"}
     charts += [_single(curves[key], key, title, figure) for key, title in more.items()]
     speed = curves.get("tokens_per_s")
