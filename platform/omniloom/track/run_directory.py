@@ -30,6 +30,8 @@ MAY_CHANGE = (
     "train.val_every",
     "train.save_every",
     "train.log_every",
+    "guard.max_skipped",
+    "health.",
     "cluster.",
     "track.",
     "parallel.",
