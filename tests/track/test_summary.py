@@ -62,6 +62,27 @@ def test_a_summary_is_what_the_runs_files_say(run: Path) -> None:
     assert "digits: 91.0% ± 2.0% right (above chance 50.0%)" in page
 
 
+def test_a_summary_says_where_time_went_and_how_the_experts_fare(run: Path) -> None:
+    for layer, alarm, state in ((1, "collapse", "begins"), (2, "collapse", "begins"), (1, "collapse", "ends")):
+        write_event(run, "router_alarm", step=50 + layer, layer=layer, alarm=alarm, state=state)
+    write_event(run, "skipped_step", step=70, reason="spike", norm=90.0, limit=9.0)
+    summary = summarize(run)
+    assert summary["time"] == pytest.approx(
+        {"waiting for data": 0.04, "forward": 0.2, "backward": 0.42, "optimizer": 0.1, "communication": 0.06}
+    )
+    assert summary["mfu"] == pytest.approx(0.41)
+    assert summary["tokens_by_modality"] == {"text": 48_000, "image": 13_440}
+    assert summary["router"]["load_entropy"] == 0.98
+    assert summary["router"]["bias_range"] == pytest.approx(0.24)
+    assert [alarm["layer"] for alarm in summary["alarms"]] == [2]
+    page = told(summary)
+    assert "a step waiting for data 4.0%, forward 20.0%, backward 42.0%, optimizer 10.0%, communication 6.0%" in page
+    assert "MFU 41.0%" in page
+    assert "load_entropy 0.98, dead_experts " in page
+    assert "alarm collapse in layer 2 since step 52\n" in page
+    assert "skipped_step 1" in page
+
+
 @pytest.mark.parametrize("status", ["running", "failed", "interrupted", "finished"])
 def test_a_run_that_has_just_begun_is_summed_up(status: str, tmp_path: Path) -> None:
     """Nothing but run.json, damaged lines beside it."""

@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "train.val_every",
     "train.save_every",
     "train.log_every",
+    "guard.max_skipped",
+    "health.",
     "cluster.",
     "track.",
     "parallel.",

@@ -10,13 +10,29 @@ from rich.text import Text
 
 from omniloom.errors import ConfigError
 from omniloom.track.report import elapsed_s, planned_steps, text
-from omniloom.track.report.metrics import Curve, read_metrics, whole_lines
+from omniloom.track.report.metrics import (
+    DEAD_EXPERTS,
+    LOWEST_ENTROPY,
+    WIDEST_BIAS,
+    WORST_LOAD,
+    Curve,
+    read_metrics,
+    time_shares,
+    whole_lines,
+)
 from omniloom.track.report.scores import newest, read_history
 from omniloom.track.run_directory import read_config, read_record
 from omniloom.track.verdict import verdict
 
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
-COUNTED = ("failure", "command_lost")  # events of a run that did not go straight through
+COUNTED = ("failure", "command_lost", "skipped_step")  # events of a run that did not go straight through
+
+ROUTER = {  # of the last step, over all layers
+    "load_max_over_mean": WORST_LOAD,
+    "load_entropy": LOWEST_ENTROPY,
+    "dead_experts": DEAD_EXPERTS,
+    "bias_range": WIDEST_BIAS,
+}
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -40,6 +56,13 @@ def summarize(folder: Path) -> dict[str, Any]:
         "elapsed_s": elapsed_s(record, events, folder),
         "eta_s": metrics.last.get("eta_s") if record.status == "running" else None,
         "tokens_per_s": speed.mean if speed else None,
+        "time": time_shares(metrics.curves),
+        "mfu": metrics.curves["mfu"].mean if "mfu" in metrics.curves else None,
+        "tokens_by_modality": {
+            key.removeprefix("tokens/"): count for key, count in metrics.last.items() if key.startswith("tokens/")
+        },
+        "router": {name: metrics.curves[key].last for name, key in ROUTER.items() if key in metrics.curves},
+        "alarms": _open_alarms(events),
         "losses": {name: _loss(curve) for name, curve in losses.items()},
         "checkpoints": sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/step_*/COMPLETE")),
         "starts": sum(event.get("event") == "start" for event in events),
@@ -51,6 +74,15 @@ def summarize(folder: Path) -> dict[str, Any]:
         "evaluations": results,
         "verdicts": verdict(results),
     }
+
+
+def _open_alarms(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of routers that have begun and not ended."""
+    alarms: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for event in events:
+        if event.get("event") == "router_alarm":
+            alarms[event.get("layer"), event.get("alarm")] = event
+    return [alarm for alarm in alarms.values() if alarm.get("state") == "begins"]
 
 
 def _loss(curve: Curve) -> dict[str, Any]:
@@ -91,6 +123,14 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{text.duration(summary['elapsed_s'])}, begun {record['started'] or '–'} on {record['host'] or '–'}"),
         ("checkpoints", f"{len(kept)}, the last at step {kept[-1]:,}" if kept else "none"),
     ]
+    if summary["time"]:
+        shares = ", ".join(f"{part} {text.share(share)}" for part, share in summary["time"].items())
+        lines.append(("a step", shares + (f", MFU {text.share(summary['mfu'])}" if summary["mfu"] else "")))
+    if summary["router"]:
+        told = (f"{name} {text.figure(value)}" for name, value in summary["router"].items())
+        lines.append(("router", f"{', '.join(told)}, the worst layer's"))
+    for alarm in summary["alarms"]:
+        lines.append(("alarm", f"{alarm.get('alarm')} in layer {alarm.get('layer')} since step {alarm.get('step')}"))
     if record["exit_reason"]:
         lines.insert(0, ("reason", text.middle_cut(record["exit_reason"])))
     if summary["corpus"]:

@@ -18,7 +18,7 @@ COMMUNICATION = "communication"
 PARTS = ("forward", "backward", "optimizer", COMMUNICATION)
 # Whatever asks for a collective, DeepSpeed or we, comes by here; what was asked for at once is waited for in Work.wait.
 COLLECTIVES = {
-    (kind, name): getattr(kind, name)
+    (kind, name): vars(kind)[name]
     for kind, names in {
         Work: ("wait",),
         ProcessGroup: (

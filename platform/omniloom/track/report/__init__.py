@@ -147,8 +147,11 @@ def _tiles(
         tiles.append(Tile(label, text.figure(curve.last), detail))
     speed = curves.get("tokens_per_s")
     if speed is not None and speed.mean is not None:
-        detail = f"{text.duration(step_s.mean)} a step" if step_s else ""
-        tiles.append(Tile("Tokens a second", text.count(speed.mean), detail))
+        mfu = curves.get("mfu")
+        told = [f"{text.duration(step_s.mean)} a step" if step_s else "", f"MFU {text.share(mfu.mean)}" if mfu else ""]
+        tiles.append(Tile("Tokens a second", text.count(speed.mean), ", ".join(filter(None, told))))
+    if skipped := metrics.last.get("skipped_steps"):
+        tiles.append(Tile("Skipped steps", f"{skipped:,}", "gradients not finite, or a spike"))
     memory = curves.get("memory_peak_bytes")
     if memory is not None:
         tiles.append(Tile("Peak memory", text.size(memory.last), "of one rank"))

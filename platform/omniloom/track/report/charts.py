@@ -6,7 +6,18 @@ from typing import Any
 
 from omniloom.track.report.figure import Chart, layout_of, rounded
 from omniloom.track.report.heatmaps import load_heatmap
-from omniloom.track.report.metrics import DEAD_EXPERTS, MEAN_LOAD, WORST_LOAD, Curve, Metrics
+from omniloom.track.report.metrics import (
+    DEAD_EXPERTS,
+    LOWEST_ENTROPY,
+    MEAN_ENTROPY,
+    MEAN_LOAD,
+    STEP_PARTS,
+    WIDEST_BIAS,
+    WORST_LOAD,
+    Curve,
+    Metrics,
+    time_shares,
+)
 from omniloom.track.report.scores import Result
 from omniloom.track.report.text import count, duration, figure, share, size
 
@@ -41,7 +52,7 @@ def training_charts(metrics: Metrics, restarts: list[int]) -> list[Chart]:
 
 
 def router_charts(metrics: Metrics, restarts: list[int]) -> list[Chart]:
-    """How evenly the experts are used: a heatmap over time, the most loaded expert, experts without tokens."""
+    """How evenly the experts are used: a heatmap over time, the most loaded expert, entropy, experts without tokens."""
     charts = [load_heatmap(metrics.load)]
     worst, mean, dead = (metrics.curves.get(key) for key in (WORST_LOAD, MEAN_LOAD, DEAD_EXPERTS))
     if worst is not None and mean is not None:
@@ -51,6 +62,17 @@ def router_charts(metrics: Metrics, restarts: list[int]) -> list[Chart]:
         ]
         chart = _chart("load-max", "Most loaded expert, over the mean", traces)
         chart.latest, chart.note = figure(worst.last), "1 is an even load; smoothed."
+        charts.append(chart)
+    lowest, mean_entropy, bias = (metrics.curves.get(key) for key in (LOWEST_ENTROPY, MEAN_ENTROPY, WIDEST_BIAS))
+    if lowest is not None and mean_entropy is not None:
+        traces = [
+            _line(lowest.smoothed(), "lowest layer", SERIES[1]),
+            _line(mean_entropy.smoothed(), "mean of the layers", SERIES[0]),
+        ]
+        chart = _chart("load-entropy", "Entropy of the load", traces)
+        chart.latest, chart.note = figure(lowest.last), "1 is an even load, 0 all tokens at one expert; smoothed."
+        if bias is not None:
+            chart.note += f" The widest range of a layer's bias is {figure(bias.last)}."
         charts.append(chart)
     if dead is not None and (most := dead.best(highest=True)) is not None:
         if most[1] > 0:
@@ -116,16 +138,21 @@ def _by_source(curves: dict[str, Curve], prefix: str, name: str, title: str) -> 
 
 
 def _time_chart(curves: dict[str, Curve]) -> Chart | None:
-    step, wait = curves.get("step_s"), curves.get("data_wait_s")
+    """The whole step over its parts, one upon the other."""
+    step = curves.get("step_s")
     if step is None:
         return None
     traces = _raw_and_smoothed(step, "whole step", SERIES[0])
-    note = ""
-    if wait is not None:
-        traces.append(_line(wait.smoothed(), "waiting for data", SERIES[1]))
-        note = f"Waiting for data took {share(wait.total / step.total if step.total else None)} of all steps' time."
+    parts = [(name, curves[key]) for key, name in STEP_PARTS.items() if key in curves]
+    for (name, curve), colour in zip(parts, SERIES[1:], strict=False):
+        part = _line(curve.smoothed(), name, colour)
+        part["line"]["width"], part["stackgroup"] = 0.5, "parts"
+        traces.append(part)
+    shares = [f"{name} {share(of_all)}" for name, of_all in time_shares(curves).items()]
     chart = _chart("step_s", "Seconds per step", traces, from_zero=True)
-    chart.latest, chart.note = duration(step.last), note
+    chart.latest, chart.note = duration(step.last), f"Of all steps' time: {', '.join(shares)}." if shares else ""
+    if "checkpoint_s" in curves:
+        chart.note += f" Checkpoints held the run up for {duration(curves['checkpoint_s'].total)}."
     return chart
 
 

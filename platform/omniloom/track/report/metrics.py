@@ -174,9 +174,19 @@ class Metrics:
         return int(self.last.get("step", 0))
 
 
-_KEYS = {"lr", "grad_norm", "tokens_per_s", "step_s", "data_wait_s", "memory_peak_bytes", "mfu"}
+# Of a step's time, in the order they come in; what is left is nobody's.
+STEP_PARTS = {
+    "data_wait_s": "waiting for data",
+    "forward_s": "forward",
+    "backward_s": "backward",
+    "optimizer_s": "optimizer",
+    "communication_s": "communication",
+}
+_KEYS = {"lr", "grad_norm", "tokens_per_s", "step_s", *STEP_PARTS, "checkpoint_s", "memory_peak_bytes", "mfu"}
 # Curves of ours over all layers of a step: there may be dozens of layers, and one curve each would show nothing.
 WORST_LOAD, MEAN_LOAD, DEAD_EXPERTS = "router: worst layer", "router: mean layer", "router: dead experts"
+LOWEST_ENTROPY, MEAN_ENTROPY = "router: lowest entropy of the load", "router: mean entropy of the load"
+WIDEST_BIAS = "router: widest range of a bias"
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -187,12 +197,7 @@ def read_metrics(path: Path) -> Metrics:
         if not _is_number(step):
             continue
         values = {k: v for k, v in line.items() if _is_number(v) and (k in _KEYS or k.startswith(("loss/", "val/")))}
-        worst = [v for k, v in line.items() if k.endswith("/load_max_over_mean") and _is_number(v)]
-        dead = [v for k, v in line.items() if k.endswith("/dead_experts") and _is_number(v)]
-        if worst:
-            values |= {WORST_LOAD: max(worst), MEAN_LOAD: sum(worst) / len(worst)}
-        if dead:
-            values[DEAD_EXPERTS] = sum(dead)
+        values |= _of_all_layers(line)
         for key, value in values.items():
             metrics.curves[key].add(int(step), float(value))
         tokens = {
@@ -205,6 +210,34 @@ def read_metrics(path: Path) -> Metrics:
         metrics.first_step = metrics.first_step or int(step)
         metrics.last = line
     return metrics
+
+
+def _of_all_layers(line: dict[str, Any]) -> dict[str, float]:
+    """What a step's routers did, in a few figures for dozens of layers."""
+
+    def each(name: str) -> list[float]:
+        return [v for k, v in line.items() if k.startswith("router/") and k.endswith(f"/{name}") and _is_number(v)]
+
+    load, dead, entropy = each("load_max_over_mean"), each("dead_experts"), each("load_entropy")
+    lowest, highest = each("bias_min"), each("bias_max")
+    values: dict[str, float] = {}
+    if load:
+        values |= {WORST_LOAD: max(load), MEAN_LOAD: sum(load) / len(load)}
+    if dead:
+        values[DEAD_EXPERTS] = sum(dead)
+    if entropy:
+        values |= {LOWEST_ENTROPY: min(entropy), MEAN_ENTROPY: sum(entropy) / len(entropy)}
+    if lowest and len(lowest) == len(highest):
+        values[WIDEST_BIAS] = max(high - low for low, high in zip(lowest, highest, strict=True))
+    return values
+
+
+def time_shares(curves: dict[str, Curve]) -> dict[str, float]:
+    """Each part's share of all steps' time, by what it is called."""
+    step = curves.get("step_s")
+    if step is None or not step.total:
+        return {}
+    return {name: curves[key].total / step.total for key, name in STEP_PARTS.items() if key in curves}
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
