@@ -41,7 +41,7 @@ def rows_of(step: int) -> list[Row]:
     return rows
 
 
-def train_on_pairs(rank: int, ranks: int, port: int, stage: int, weight: float, folder: str) -> None:
+def train_on_pairs(rank: int, ranks: int, port: int, stage: int, precision: str, folder: str) -> None:
     """Runs in every process: the steps, then held-out retrieval over all of them; rank 0 writes what came of it."""
     faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=sys.__stderr__)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -61,10 +61,10 @@ def train_on_pairs(rank: int, ranks: int, port: int, stage: int, weight: float, 
         return answer
 
     engines.deepspeed_config = partitioned
-    train = TrainConfig(steps=len(STEPS), global_batch_size=4, micro_batch_size=1)
+    train = TrainConfig(steps=len(STEPS), global_batch_size=4, micro_batch_size=1, precision=precision)
     run = TrainingRun(model=MODEL, train=train, optimizer=OptimizerConfig(lr=1e-2, eps=1e-4))
     run.parallel.zero_stage = stage
-    align = AlignConfig(weight=weight, temperature=0.2)
+    align = AlignConfig(weight=0.5, temperature=0.2)
     torch.manual_seed(0)
     model = Decoder(MODEL)
     engine = engines.Engine(model, run)
@@ -84,12 +84,12 @@ def train_on_pairs(rank: int, ranks: int, port: int, stage: int, weight: float, 
     faulthandler.cancel_dump_traceback_later()
 
 
-def on_ranks(ranks: int, stage: int, folder: Path, weight: float = 0.5) -> dict[str, Any]:
+def on_ranks(ranks: int, stage: int, folder: Path, precision: str = "fp32") -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = get_context("spawn")
-    arguments = [(rank, ranks, port, stage, weight, str(folder)) for rank in range(ranks)]
+    arguments = [(rank, ranks, port, stage, precision, str(folder)) for rank in range(ranks)]
     processes = [context.Process(target=train_on_pairs, args=each) for each in arguments]
     for process in processes:
         process.start()
@@ -132,3 +132,12 @@ def test_one_rank_learns_alike_at_every_stage(stage: int, alone: dict[str, Any],
     sharded = on_ranks(1, stage, tmp_path)
     for one, other in zip(alone["steps"], sharded["steps"], strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
+def test_in_bf16_the_losses_are_near_those_of_fp32(precision: str, alone: dict[str, Any], tmp_path: Path) -> None:
+    rounded = on_ranks(1, 1, tmp_path, precision)
+    for one, other in zip(alone["steps"], rounded["steps"], strict=True):
+        assert other.keys() == one.keys()
+        assert other.get("loss/contrastive", 0.0) == pytest.approx(one.get("loss/contrastive", 0.0), rel=0.1, abs=0.05)
