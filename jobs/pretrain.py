@@ -15,6 +15,7 @@ def main(settings: TrainSettings) -> None:
     from omniloom.data.build import describe, open_or_build
     from omniloom.data.schedule import open_corpora
     from omniloom.planning import plan_of, record_of, told_in_a_line
+    from omniloom.track.checkpoints import Checkpoints
     from omniloom.track.planned import write_measured, write_plan
     from omniloom.track.progress import follow
     from omniloom.track.report import reported
@@ -33,11 +34,12 @@ def main(settings: TrainSettings) -> None:
             settings.check_index(other.index)
         with claim(run):
             if settings.fork and not (run / "run.json").is_file():
-                fork(locate(settings.fork, settings.runs_dir, "fork"), run)
+                fork(locate(settings.fork, settings.runs_dir, "fork"), run, settings.checkpoint.url)
             record = open_run(run, asdict(settings), job_id(), settings.fork or settings.like)
             if record.status == "finished":
                 print(f"run {settings.run} is finished: {run}; train.steps=… makes it longer")
                 return
+            Checkpoints.create(run, settings.checkpoint.url)
             print(describe(corpus))
             print(settings.batch_terms(settings.cluster.workers))
             print(training_rows(settings, corpora)[1].record.describe())

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omniloom.errors import ConfigError
+from omniloom.track.checkpoints import Checkpoints
 from omniloom.track.report import elapsed_s, planned_steps, text
 from omniloom.track.report.metrics import Curve, read_metrics, whole_lines
 from omniloom.track.report.scores import newest, read_history
@@ -41,7 +42,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "eta_s": metrics.last.get("eta_s") if record.status == "running" else None,
         "tokens_per_s": speed.mean if speed else None,
         "losses": {name: _loss(curve) for name, curve in losses.items()},
-        "checkpoints": sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/step_*/COMPLETE")),
+        "checkpoints": Checkpoints(folder).complete(),
         "starts": sum(event.get("event") == "start" for event in events),
         "events": {kind: sum(event.get("event") == kind for event in events) for kind in COUNTED},
         "corpus": config["corpus"] if config and "corpus" in config else None,

@@ -81,6 +81,38 @@ class ScheduleConfig:
     floor: float = 0.1  # last rate over peak rate
 
 
+@dataclass
+class CheckpointConfig:
+    """Where checkpoints go and which of them stay; `train.save_every` says how often there is one.
+
+    The newest complete one stays whatever is said here, and so does one that a fork or an evaluation named by its step.
+    """
+
+    keep_last: int | None = 3  # null keeps all
+    keep_every: int | None = None  # steps: checkpoints of their multiples stay
+    keep_best: str | None = "val/loss"  # the one with the best value of this metric stays, and is what @best means
+    keep_best_mode: str = "min"  # or max
+    url: str | None = None  # a folder or store (s3://…) that takes the place of the run directory's checkpoints/
+
+    def check(self, save_every: int) -> None:
+        """Raise ConfigError where a number cannot hold."""
+        refuse_unless_one_of("checkpoint.keep_best_mode", self.keep_best_mode, ("min", "max"))
+        for key in ("keep_last", "keep_every"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"checkpoint.{key}={value} must be at least 1, or null")
+        if self.keep_every is not None and self.keep_every % save_every:
+            raise ConfigError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of train.save_every={save_every}: other "
+                "steps have no checkpoint"
+            )
+
+    def make_absolute(self) -> None:
+        """Write a folder's path out: workers may stand in another folder."""
+        if self.url is not None and "://" not in self.url:
+            self.url = str(Path(self.url).absolute())
+
+
 OPTIMIZERS = ("adamw", "muon")
 SHARING = ("tensor", "pipeline", "sequence", "expert")
 
@@ -123,6 +155,7 @@ class TrainingRun:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def folder(self) -> Path:
@@ -191,6 +224,7 @@ class TrainingRun:
         self.data.check()
         self.track.check()
         self.train.check()
+        self.checkpoint.check(self.train.save_every)
         train = self.train
         refuse_unless_one_of("schedule.kind", self.schedule.kind, ("cosine", "warmup_stable_decay"))
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):

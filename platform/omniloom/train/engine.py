@@ -1,7 +1,7 @@
 """DeepSpeed: the one place that knows it. Our configuration in, a sharded engine out."""
 
 import os
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 
+from omniloom.train import fragments
+from omniloom.train.fragments import Fragment, Whole
+
 if not torch.accelerator.is_available():
     # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the few matrix
     # products of a Muon step. Here, as the compiler's own modules belong to the process and not to the model.
     __compatible_ops__["deepspeed_shm_comm"] = False
     torch.compiler.set_stance("force_eager")
-
-SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # of a parameter group; its rate is set at every step
 
 
 def deepspeed_config(run: TrainingRun, ranks: int, parameters: int) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class Engine:
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.zero_stage = run.parallel.zero_stage
+        self.optimizer = run.optimizer.kind
         self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
         self.device: torch.device = self._engine.device
         self.module = module
@@ -129,17 +131,31 @@ class Engine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write every rank's shards under `folder`; all ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of the weights and the optimizer's state: views, as they stand."""
+        return fragments.fragments(self._engine)
 
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote at the same ranks and ZeRO stage; the optimizer's settings stay this run's."""
-        groups = self._engine.optimizer.param_groups
-        ours = [{name: group[name] for name in SETTINGS if name in group} for group in groups]
-        self._engine.load_checkpoint(str(folder), tag="state")
-        for group, settings in zip(self._engine.optimizer.param_groups, ours, strict=True):
-            group |= settings  # a run forked from another may have other ones
+    def wholes(self) -> dict[str, Whole]:
+        """The shape and type of every parameter and buffer, in the model's order."""
+        return fragments.wholes(self.module)
+
+    def counts(self) -> tuple[dict[str, int], dict[str, float]]:
+        """The optimizer's own count of steps, by parameter, of those that this rank has; the engine's counters."""
+        return fragments.optimizer_steps(self._engine), fragments.counters(self._engine)
+
+    def restore(
+        self,
+        states: Mapping[str, Collection[str]],
+        steps: Mapping[str, int],
+        counters: Mapping[str, float],
+        read: Callable[[list[Fragment]], None],
+    ) -> None:
+        """Take over a state of these tensors, whose values `read` fills in; all ranks call it.
+
+        The optimizer's settings stay this run's: one forked from another may have other ones.
+        """
+        fragments.restore(self._engine, states, steps, read)
+        fragments.set_counters(self._engine, counters)
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's weights; all ranks call it, rank 0 gets them."""

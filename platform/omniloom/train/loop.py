@@ -21,6 +21,7 @@ from omniloom.train import checkpoint
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine, shut_down
 from omniloom.train.forgetting import forgetting
+from omniloom.train.saver import Saver
 from omniloom.train.schedule import rate_share
 from omniloom.train.step import StepResult, sparse_layers, training_step
 from omniloom.train.stream import Stream
@@ -42,6 +43,7 @@ def train(run: TrainingRun) -> None:
         if engine.rank == 0:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
             tracker.event("start", step=state.step, corpora=[corpus.sha256 for corpus in corpora], ranks=where)
+        saver = stack.enter_context(Saver(engine, model.config, corpora[0], run, tracker))
         stream = Stream(run, corpora, engine)
         _refuse_another_stream(stream, state)
         joined = appended(corpora, run.data)
@@ -76,14 +78,16 @@ def train(run: TrainingRun) -> None:
                 line |= stream.validate()
                 if tracker is not None:
                     line |= forgetting(run.folder, line, joined, run.train.global_batch_size)
+            saves = step % run.train.save_every == 0 or step == run.steps or stop
+            if saves:
+                line["checkpoint_s"] = saver.copy(state)
             if tracker is not None:
                 if engine.skipped:
                     tracker.event("skipped_step", step=step, loss_scale=engine.loss_scale)
                 tracker.metrics(line | _scaling(engine))
-            if step % run.train.save_every == 0 or step == run.steps or stop:
-                folder = checkpoint.save(engine, model, corpora[0], run.folder, state)
-                if tracker is not None:
-                    tracker.checkpoint(folder)
+            if saves:
+                saver.write()
+            saver.check()
             if stop:
                 break
 
