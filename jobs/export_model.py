@@ -13,7 +13,7 @@ def main(settings: ExportSettings) -> None:
     from omniloom.model.load import model_folder
     from omniloom.track.run_directory import locate
 
-    folder = model_folder(locate(settings.init or "", settings.runs_dir).path)
+    folder = model_folder(locate(settings.init or "", settings.runs_dir).with_model())
     special = {"bos_token": BOS, "eos_token": EOS}
     to = Path(settings.to or "")
     print(export_model(folder, to, special, settings.dtype, settings.max_shard_bytes, settings.force))

@@ -15,6 +15,7 @@ def main(settings: TrainSettings) -> None:
     from omniloom.data.build import describe, open_or_build
     from omniloom.data.schedule import open_corpora
     from omniloom.planning import plan_of, record_of, told_in_a_line
+    from omniloom.track.checkpoints import Checkpoints
     from omniloom.track.planned import write_measured, write_plan
     from omniloom.track.progress import follow
     from omniloom.track.report import reported
@@ -34,7 +35,7 @@ def main(settings: TrainSettings) -> None:
             settings.check_index(other.index)
         with claim(run):
             if settings.fork and not (run / "run.json").is_file():
-                fork(locate(settings.fork, settings.runs_dir, "fork"), run)
+                fork(locate(settings.fork, settings.runs_dir, "fork"), run, settings.checkpoint.url)
             job = settings
             if settings.init and newest_state(run) is None:
                 job = replace(
@@ -44,6 +45,7 @@ def main(settings: TrainSettings) -> None:
             if record.status == "finished":
                 print(f"run {settings.run} is finished: {run}; train.steps=… makes it longer")
                 return
+            Checkpoints.create(run, settings.checkpoint.url)
             print(describe(corpus))
             print(settings.batch_terms(settings.cluster.workers))
             print(training_rows(settings, corpora)[1].record.describe())

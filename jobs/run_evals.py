@@ -19,7 +19,7 @@ def main(settings: EvaluateSettings) -> None:
     from omniloom.track.verdict import table
 
     place = locate(settings.init or "", settings.runs_dir)
-    model = str(model_folder(place.path))
+    model = str(model_folder(place.with_model()))
     evals = str(resource_folder("evals"))
     asked = [
         Item(task, "kept", model, settings.task_args.get(task) or {}, evals, settings.batch_tokens, settings.limit)

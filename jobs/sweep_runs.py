@@ -58,6 +58,8 @@ def main(sweep: Sweep) -> None:
                 names = [metric for metric, _ in record.objectives]
                 own = [f"runs_dir={quoted(str(folder))}", f"track.group={quoted(settings.run)}"]
                 every = trial.train.save_every if settings.sweep.scheduler == "pbt" else 1
+                if settings.sweep.scheduler == "pbt":
+                    own.append("checkpoint.keep_last=null")  # any step that was compared may be gone on from
                 words = [*record.words, *absolute_paths(trial), *own]
                 runs = TrialRuns(sweep.verb, words, folder, names, every)
                 with reported(folder, record), count_trials(record) as show:

@@ -69,6 +69,7 @@ class TrainSettings(TrainingRun, CorpusConfig):
         # Workers may stand in another folder.
         self.corpus, self.runs_dir = str(Path(self.corpus).absolute()), str(Path(self.runs_dir).absolute())
         self.data.make_absolute()
+        self.checkpoint.make_absolute()
 
 
 @dataclass

@@ -258,12 +258,37 @@ def test_init_finds_a_step_of_a_run(runs_dir):
     assert place == Place(folder / "checkpoints" / "step_00000005", folder)
 
 
-@pytest.mark.parametrize("at", ["200", "7", "best", "-5"])
+@pytest.mark.parametrize("at", ["200", "7", "newest", "-5"])
 def test_init_refuses_a_step_that_is_not_complete_and_says_which_are(runs_dir, at):
     with pytest.raises(ConfigError) as caught:
         locate(f"digits_large@{at}", str(runs_dir))
     assert f"checkpoint {at}" in str(caught.value)
     assert "[5, 100]" in str(caught.value)
+
+
+def test_init_finds_the_best_checkpoint_by_the_runs_own_rule(runs_dir):
+    folder = runs_dir / "digits_large"
+    config = CONFIG | {"checkpoint": {"keep_best": "val/loss", "keep_best_mode": "min"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"no checkpoint has a value of checkpoint\.keep_best=val/loss"):
+        locate("digits_large@best", str(runs_dir))
+    values = {5: 2.0, 80: 1.0, 100: 3.0, 200: 0.5}  # that of step 80 was followed by a worse one, 200 is not complete
+    lines = ({"step": step, "val/loss": value} for step, value in values.items())
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert locate("digits_large@best", str(runs_dir)).path.name == "step_00000005"
+    config["checkpoint"]["keep_best_mode"] = "max"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert locate("digits_large@best", str(runs_dir)).path.name == "step_00000100"
+    config["checkpoint"]["keep_best"] = None
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"keep_best=null: name a step"):
+        locate("digits_large@best", str(runs_dir))
+
+
+def test_a_checkpoint_that_is_named_is_marked_to_be_kept(runs_dir):
+    locate("digits_large", str(runs_dir))
+    locate("digits_large@5", str(runs_dir))
+    assert [path.parent.name for path in runs_dir.rglob("KEEP")] == ["step_00000005"]
 
 
 def test_init_refuses_an_unknown_name_with_the_nearest(runs_dir):

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from saved_engines import SIZES, exact_product, resume_engine, save_engine
 from small_run import train_here, words_run
-from test_ranks import MEDIA, TINY, row
+from test_ranks import MEDIA, row
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from omniloom.data.loader import Batch
 from omniloom.errors import ConfigError
@@ -29,10 +29,6 @@ from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
 from omniloom.train.precision import convert_to_float8, refuse_unless_possible
 
 STEPS = 4
-# Sides in sixteens but for the 24 that keys and values are compressed to.
-SIZES = replace(
-    TINY, hidden_size=32, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, n_shared_experts=1
-)
 IN_FLOAT8 = {
     *(f"layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "kv_b_proj", "o_proj")),
     *(f"layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
@@ -43,11 +39,6 @@ IN_FLOAT8 = {
 DTYPES = {"fp32": "float32", "bf16_autocast": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 # Largest share by which the loss of any step may differ from fp32's; several times what was seen.
 TOLERANCE = {"bf16_autocast": 2e-3, "bf16": 3e-3, "fp16": 1e-3, "fp8": 3e-2}
-
-
-def exact_product(x: Tensor, weight: Tensor, offs: Tensor, pad_token_groups_for_grouped_mm: bool) -> Tensor:
-    """For torchao's kernels, which no CPU runs."""
-    return F.grouped_mm(x, weight, offs=offs)
 
 
 def run_of(precision: str, zero_stage: int) -> TrainingRun:
@@ -130,12 +121,12 @@ def learn(engines: Any, precision: str, stage: int, folder: Path) -> dict[str, A
     names = list(Decoder(SIZES).state_dict())
     engine, model, take = started(engines, precision, stage)
     first = take(STEPS // 2)
-    engine.save(folder)
+    save_engine(engine, folder)
     rest = take(STEPS // 2)
     resumed = rest
     if precision != "fp32" and stage != 2:  # others' tests resume fp32, and ZeRO 2 keeps what 1 keeps
         again, _, take_again = started(engines, precision, stage)
-        again.load(folder)
+        resume_engine(again, folder)
         resumed = take_again(STEPS // 2)
     weights = engine.weights()
     cast = [weight for name, weight in weights.items() if not name.endswith("bias_E")]

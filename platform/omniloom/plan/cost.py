@@ -47,12 +47,10 @@ def count_cost(workload: Workload, hardware: HardwareConfig, step_s: float | Non
 
 
 def checkpoint_bytes(workload: Workload) -> float:
-    """Of one checkpoint: the weights as safetensors, and DeepSpeed's own: weights, masters, the optimizer's moments."""
+    """Of one checkpoint: the weights as the model has them, float32 masters, the optimizer's moments."""
     counted = count_parameters(workload.sizes)
     parameters, w = counted.params_total + counted.params_mtp, WEIGHT_BYTES[workload.precision]
-    has_masters = workload.zero_stage > 0 or w == 2
-    weights = 0 if workload.zero_stage == 3 else w  # at ZeRO 3 the masters stand for them
-    return parameters * (w + weights + 4 * has_masters + moment_bytes(workload))
+    return parameters * (w + 4 + moment_bytes(workload))
 
 
 def shard_bytes_per_token(workload: Workload) -> float:

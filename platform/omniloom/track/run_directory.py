@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from omniloom.errors import ConfigError, did_you_mean
 from omniloom.track import jsonl
+from omniloom.track.checkpoints import Checkpoints, step_name, step_of
 
 Record = TypeVar("Record")
 Status = Literal["running", "finished", "failed", "interrupted"]
@@ -33,6 +34,7 @@ MAY_CHANGE = (
     "train.log_every",
     "guard.max_skipped",
     "health.",
+    "checkpoint.keep_",
     "cluster.",
     "track.",
     "parallel.",
@@ -272,12 +274,22 @@ class Place:
     @staticmethod
     def step_of(model_folder: str) -> int | None:
         """The step of a model folder inside a checkpoint, else None."""
-        name = Path(model_folder).parent.name
-        return int(name.removeprefix("step_")) if name.startswith("step_") else None
+        return step_of(Path(model_folder).parent.name)
+
+    def with_model(self) -> Path:
+        """The folder with its model on this machine: a store's is fetched."""
+        if self.run_folder is None or (checkpoints := Checkpoints(self.run_folder)).folder.is_local:
+            return self.path
+        step = step_of(self.path.name)
+        complete = checkpoints.complete()
+        return checkpoints.fetch_model(complete[-1] if step is None else step) if complete else self.path
 
 
 def locate(init: str, runs_dir: str, key: str = "init") -> Place:
-    """Resolve init=<run[@step, @latest] | checkpoint | model folder>; raises ConfigError saying what there is."""
+    """Resolve init=<run[@step, @best, @latest] | checkpoint | model folder>; raises ConfigError saying what there is.
+
+    A checkpoint named by its step is never removed again.
+    """
     name, _, at = init.partition("@")
     if not (Path(runs_dir) / name / "run.json").is_file():
         if Path(init).is_dir():
@@ -289,7 +301,24 @@ def locate(init: str, runs_dir: str, key: str = "init") -> Place:
     folder = (Path(runs_dir) / name).absolute()
     if at in ("", "latest"):
         return Place(folder, folder)
-    steps = [int(path.parent.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*/COMPLETE")]
-    if not at.isdigit() or int(at) not in steps:
-        raise ConfigError(f"{key}={init}: run {name} has no checkpoint {at}; complete are {sorted(steps)} and latest")
-    return Place(folder / "checkpoints" / f"step_{int(at):08d}", folder)
+    checkpoints = Checkpoints(folder)
+    steps = checkpoints.complete()
+    step = _best(checkpoints, folder, f"{key}={init}") if at == "best" else int(at) if at.isdigit() else None
+    if step not in steps:
+        raise ConfigError(f"{key}={init}: run {name} has no checkpoint {at}; complete are {steps}, best and latest")
+    checkpoints.keep(step)
+    return Place(folder / "checkpoints" / step_name(step), folder)
+
+
+def _best(checkpoints: Checkpoints, folder: Path, asked: str) -> int | None:
+    """The step that the run's own rule calls the best; raises ConfigError where it has none, or never measured."""
+    settings = read_config(folder)
+    if "checkpoint" not in settings or settings["checkpoint"]["keep_best"] is None:
+        raise ConfigError(f"{asked}: run {folder.name} has checkpoint.keep_best=null: name a step")
+    rule = settings["checkpoint"]
+    best = checkpoints.best(rule["keep_best"], rule["keep_best_mode"])
+    if best is None:
+        measured = {key for line in jsonl.read(folder / "metrics.jsonl") for key in line}
+        near = did_you_mean(rule["keep_best"], measured)
+        raise ConfigError(f"{asked}: no checkpoint has a value of checkpoint.keep_best={rule['keep_best']}; {near}")
+    return best

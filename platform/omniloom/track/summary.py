@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omniloom.errors import ConfigError
+from omniloom.track.checkpoints import Checkpoints
 from omniloom.track.report import elapsed_s, planned_steps, text
 from omniloom.track.report.metrics import (
     DEAD_EXPERTS,
@@ -64,7 +65,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "router": {name: metrics.curves[key].last for name, key in ROUTER.items() if key in metrics.curves},
         "alarms": _open_alarms(events),
         "losses": {name: _loss(curve) for name, curve in losses.items()},
-        "checkpoints": sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/step_*/COMPLETE")),
+        "checkpoints": Checkpoints(folder).complete(),
         "starts": sum(event.get("event") == "start" for event in events),
         "events": {kind: sum(event.get("event") == kind for event in events) for kind in COUNTED},
         "corpus": config["corpus"] if config and "corpus" in config else None,

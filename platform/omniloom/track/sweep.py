@@ -11,6 +11,7 @@ from typing import Any
 
 from omniloom.errors import ConfigError
 from omniloom.track import jsonl
+from omniloom.track.checkpoints import COMPLETE, Checkpoints
 from omniloom.track.run_directory import MAY_CHANGE, ask_to_stop, read_as, read_record, wait_until_free
 
 FILE = "sweep.json"
@@ -158,8 +159,8 @@ class TrialRuns:
 
     def checkpoint(self, run: str, step: int) -> str | None:
         """The run's checkpoint of this step, as fork= takes it, once it is complete."""
-        complete = self.folder / run / "checkpoints" / f"step_{step:08d}" / "COMPLETE"
-        return f"{run}@{step}" if complete.is_file() else None
+        folder = Checkpoints(self.folder / run).at(step)
+        return f"{run}@{step}" if folder.exists(COMPLETE) else None
 
     def cause(self, run: str) -> str:
         """Why a run's command has failed."""

@@ -8,6 +8,7 @@ from typing import Any, Self
 from filelock import FileLock
 
 from omniloom.track import jsonl
+from omniloom.track.checkpoints import Folder
 from omniloom.track.config import TrackConfig
 from omniloom.track.run_directory import read_config, read_record, write_event, write_record
 from omniloom.track.wandb_tracker import WandbTracker
@@ -43,7 +44,7 @@ class Tracker:
         jsonl.append(self._folder / "metrics.jsonl", line)
         self._wandb.metrics(line)
 
-    def checkpoint(self, folder: Path) -> None:
+    def checkpoint(self, folder: Folder) -> None:
         """Record that a checkpoint is complete."""
         self._wandb.checkpoint(folder)
 

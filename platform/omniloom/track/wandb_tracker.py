@@ -12,6 +12,7 @@ import wandb
 
 from omniloom.errors import ClusterError, ConfigError
 from omniloom.track import jsonl
+from omniloom.track.checkpoints import Checkpoints, Folder
 from omniloom.track.config import TrackConfig
 from omniloom.track.run_directory import GIT_DIFF, RunRecord
 from omniloom.track.samples import LIMIT_BYTES, MIME, choose_samples, pieces_of
@@ -79,8 +80,9 @@ class WandbTracker:
             result = json.loads(file.read_text())
             if mode == "offline" or self._run.summary.get(f"eval/{result['task']}/step") != result["step"]:
                 self.evaluation(result, file.with_suffix(".samples.jsonl"))
-        for complete in sorted(folder.glob("checkpoints/step_*/COMPLETE")):
-            self.checkpoint(complete.parent)
+        checkpoints = Checkpoints(folder)
+        for step in checkpoints.complete():
+            self.checkpoint(checkpoints.at(step))
         if (folder / GIT_DIFF).is_file():
             self._run.save(str(folder / GIT_DIFF), base_path=str(folder), policy="now")
         mine = Path(self._run.dir).parent.resolve() if mode == "offline" else None
@@ -101,10 +103,10 @@ class WandbTracker:
             values[f"eval/{task}/samples"] = _table(chosen.samples, samples.parent)
         self._run.log({"eval/step": result["step"], f"eval/{task}/step": result["step"], **values})
 
-    def checkpoint(self, folder: Path) -> None:
+    def checkpoint(self, folder: Folder) -> None:
         """Make a complete checkpoint known, by where it lies: nothing is copied."""
         artifact = wandb.Artifact(f"run-{self._run.id}-checkpoint", type="model")
-        artifact.add_reference(folder.absolute().as_uri(), checksum=False)  # COMPLETE has every file's hash
+        artifact.add_reference(folder.uri, checksum=False)  # COMPLETE has every file's hash
         self._run.log_artifact(artifact, aliases=["latest", folder.name])
 
     def close(self, exit_code: int) -> None:

@@ -1,25 +1,35 @@
 """Checkpoints that are whole or nothing: `COMPLETE`, with every file's size and hash, is written last.
 
-step_00000100/engine/       DeepSpeed's shards, one set a rank
+step_00000100/engine/       what each rank wrote of the weights and the optimizer's state, and the index of it
               model/        safetensors, config.json, tokenizer.json, modality.json, target_counts.json
               state.json    where the stream stands
               COMPLETE      the commit
+
+No part of it depends on how many ranks wrote it, or at which ZeRO stage. train/saver.py writes them.
 """
 
-import json
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shutil import copyfile, copyfileobj
 
 from pydantic import TypeAdapter, ValidationError
 
 from omniloom.data.corpus import Corpus
-from omniloom.data.index import file_sha256
 from omniloom.errors import CheckpointError, DataError
-from omniloom.model.decoder import Decoder
-from omniloom.model.load import save_model
 from omniloom.track import jsonl
-from omniloom.track.run_directory import Place
+from omniloom.track.checkpoints import (
+    COMPLETE,
+    READ_BYTES,
+    Checkpoints,
+    Folder,
+    find_damage,
+    find_wrong_size,
+    inventory,
+    step_of,
+    synchronize,
+)
+from omniloom.track.run_directory import Place, write_event
+from omniloom.train import engine_state
 from omniloom.train.engine import Engine
 
 
@@ -36,85 +46,55 @@ class State:
     batch_hash: str
 
 
-def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
-    return run_folder / "checkpoints" / f"step_{step:08d}"
-
-
-def save(engine: Engine, model: Decoder, corpus: Corpus, run_folder: Path, state: State) -> Path:
-    """Write a checkpoint and return its folder; every rank calls it, and it counts once COMPLETE stands."""
-    folder = step_folder(run_folder, state.step)
-    if engine.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
-        folder.mkdir(parents=True)
-    engine.barrier()
-    engine.save(folder / "engine")
-    weights = engine.weights()
-    if engine.rank == 0:
-        save_model(folder / "model", model.config, weights)
-        corpus.write_reading_rules(folder / "model")
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    engine.barrier()  # every rank's shards are on disk
-    if engine.rank == 0:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        inventory = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
-        }
-        (folder / "COMPLETE").write_text(json.dumps(inventory, indent=1))
-    engine.barrier()
-    return folder
-
-
-def fork(source: Place, run_folder: Path) -> None:
+def fork(source: Place, run_folder: Path, url: str | None) -> None:
     """Begin a run at another one's checkpoint: that checkpoint and the metrics up to it become its own.
 
     A run, without a step, stands for its newest complete one. Raises CheckpointError where there is none.
     """
-    complete = complete_checkpoints(source.path)
-    checkpoint = complete[-1] if complete else source.path
-    verify(checkpoint)
-    step = _read_state(checkpoint).step
-    folder = step_folder(run_folder, step)
-    partial = folder.with_name(f".{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    theirs = _checkpoint_at(source)
+    if damage := find_damage(theirs):
+        raise CheckpointError(f"{theirs} is damaged: {damage}: name another step")
+    step = _read_state(theirs).step
+    mine = Checkpoints.create(run_folder, url).at(step)
+    mine.remove(COMPLETE)
+    for name in inventory(theirs):
+        _copy(theirs, mine, name)
+    mine.write(COMPLETE, theirs.read(COMPLETE))
     if source.run_folder is not None:
-        shutil.copyfile(source.run_folder / "metrics.jsonl", run_folder / "metrics.jsonl")
+        copyfile(source.run_folder / "metrics.jsonl", run_folder / "metrics.jsonl")
         jsonl.cut_back(run_folder / "metrics.jsonl", step)
 
 
-def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
-    return sorted(path.parent for path in run_folder.glob("checkpoints/step_*/COMPLETE"))
+def _checkpoint_at(place: Place) -> Folder:
+    """The checkpoint that a place names: itself, or its newest complete one."""
+    step = step_of(place.path.name)
+    checkpoints = Checkpoints(place.path if place.run_folder is None else place.run_folder)
+    if place.run_folder is not None and step is not None:
+        return checkpoints.at(step)
+    complete = checkpoints.complete()
+    return checkpoints.at(complete[-1]) if complete else Folder.of(place.path)
 
 
-def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file of a checkpoint is what COMPLETE says."""
-    try:
-        inventory = json.loads((folder / "COMPLETE").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not complete: {error}") from error
-    for name, said in inventory.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found != said["bytes"] or file_sha256(path) != said["sha256"]:
-            raise CheckpointError(
-                f"{path} is not what COMPLETE says ({found:,} bytes, {said['bytes']:,} expected, or another hash): "
-                f"remove {folder} to resume from the one before"
-            )
+def _copy(source: Folder, target: Folder, name: str) -> None:
+    with source.fs.open((source / name).path, "rb") as read, target.fs.open((target / name).path, "wb") as write:
+        copyfileobj(read, write, READ_BYTES)
+        synchronize(write)
 
 
 def newest_state(run_folder: Path) -> State | None:
-    """The state of the newest complete checkpoint, or None where there is none."""
-    complete = complete_checkpoints(run_folder)
-    return _read_state(complete[-1]) if complete else None
+    """The state of the newest complete checkpoint whose files have their sizes, or None where there is none."""
+    checkpoints = Checkpoints(run_folder)
+    for step in reversed(checkpoints.complete()):
+        if find_wrong_size(checkpoints.at(step)) is None:
+            return _read_state(checkpoints.at(step))
+    return None
 
 
-def _read_state(folder: Path) -> State:
+def _read_state(folder: Folder) -> State:
     try:
-        return TypeAdapter(State).validate_json((folder / "state.json").read_bytes())
+        return TypeAdapter(State).validate_json(folder.read("state.json"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no state.json") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(
@@ -124,12 +104,16 @@ def _read_state(folder: Path) -> State:
 
 
 def resume(engine: Engine, corpora: list[Corpus], run_folder: Path) -> State:
-    """Load the newest complete checkpoint into the engine; a run without one starts at step 0."""
+    """Load the newest complete checkpoint whose files are whole; a run without one starts at step 0.
+
+    All ranks call it. What is passed over is in the run's events, and a damaged one counts no longer.
+    """
     fresh = State(0, 0, 0, engine.ranks, engine.zero_stage, [corpus.sha256 for corpus in corpora], "")
-    state = newest_state(run_folder)
-    if state is None:
+    step = _choose(engine, run_folder)
+    if step is None:
         return fresh
-    folder = step_folder(run_folder, state.step)
+    folder = Checkpoints(run_folder).at(step)
+    state = _read_state(folder)
     for trained, corpus in zip(state.corpora, corpora, strict=False):  # more may join later
         if trained != corpus.sha256:
             raise DataError(
@@ -141,12 +125,24 @@ def resume(engine: Engine, corpora: list[Corpus], run_folder: Path) -> State:
             f"{folder} was trained on {len(state.corpora)} corpora and {len(corpora)} are named: keep what data.phases "
             "appends"
         )
-    state = replace(state, corpora=fresh.corpora)
-    if (state.ranks, state.zero_stage) != (engine.ranks, engine.zero_stage):
-        raise CheckpointError(
-            f"{folder} was saved by {state.ranks} ranks at ZeRO {state.zero_stage}; this start has {engine.ranks} at "
-            f"ZeRO {engine.zero_stage}: set cluster.workers={state.ranks} parallel.zero_stage={state.zero_stage}"
-        )
-    verify(folder)  # before anything of it is unpickled
-    engine.load(folder / "engine")
-    return state
+    engine_state.restore(engine, folder)
+    return replace(state, corpora=fresh.corpora, ranks=engine.ranks, zero_stage=engine.zero_stage)
+
+
+def _choose(engine: Engine, run_folder: Path) -> int | None:
+    """The step to go on from: each rank reads its share of the newest checkpoint, until all files of one are whole."""
+    checkpoints = Checkpoints(run_folder)
+    steps, complete = engine.gather((checkpoints.steps(), checkpoints.complete()))[0]
+    for step in reversed(steps):
+        if step not in complete:
+            if engine.rank == 0:
+                write_event(run_folder, "partial_checkpoint", step=step)
+            continue
+        told = engine.gather(find_damage(checkpoints.at(step), engine.rank, engine.ranks))
+        damages = [damage for damage in told if damage is not None]
+        if not damages:
+            return int(step)
+        if engine.rank == 0:
+            write_event(run_folder, "corrupt_checkpoint", step=step, **asdict(damages[0]))
+            checkpoints.at(step).remove(COMPLETE)
+    return None

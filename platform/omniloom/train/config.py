@@ -202,6 +202,38 @@ class DebugConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Where checkpoints go and which of them stay; `train.save_every` says how often there is one.
+
+    The newest complete one stays whatever is said here, and so does one that a fork or an evaluation named by its step.
+    """
+
+    keep_last: int | None = 3  # null keeps all
+    keep_every: int | None = None  # steps: checkpoints of their multiples stay
+    keep_best: str | None = "val/loss"  # the one with the best value of this metric stays, and is what @best means
+    keep_best_mode: str = "min"  # or max
+    url: str | None = None  # a folder or store (s3://…) that takes the place of the run directory's checkpoints/
+
+    def check(self, save_every: int) -> None:
+        """Raise ConfigError where a number cannot hold."""
+        refuse_unless_one_of("checkpoint.keep_best_mode", self.keep_best_mode, ("min", "max"))
+        for key in ("keep_last", "keep_every"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"checkpoint.{key}={value} must be at least 1, or null")
+        if self.keep_every is not None and self.keep_every % save_every:
+            raise ConfigError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of train.save_every={save_every}: other "
+                "steps have no checkpoint"
+            )
+
+    def make_absolute(self) -> None:
+        """Write a folder's path out: workers may stand in another folder."""
+        if self.url is not None and "://" not in self.url:
+            self.url = str(Path(self.url).absolute())
+
+
+@dataclass
 class GuardConfig:
     """Which steps are left out, so that neither weights nor moments nor router biases move: those whose gradient norm
     is not finite, and with `spike_factor` those whose norm is out of line.
@@ -265,6 +297,8 @@ class TrainingRun:
         """Of one rank in the precision of its products, by its data sheet; None where the run does not know."""
         return None
 
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
     @property
     def folder(self) -> Path:
         """The run directory."""
@@ -324,6 +358,7 @@ class TrainingRun:
         self.track.check()
         self.train.check()
         self.check_alignment()
+        self.checkpoint.check(self.train.save_every)
         train = self.train
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise ConfigError(f"run={self.run!r} must be a plain name: it becomes a folder under runs_dir")

@@ -2,9 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +28,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from omniloom.train import fragments
+from omniloom.train.fragments import Fragment, Whole
+
 if not torch.accelerator.is_available():
     __compatible_ops__["deepspeed_shm_comm"] = False  # collectives in shared memory: compiled for most of a minute
-
-# Of a parameter group; its rate is set at every step.
-SETTINGS = ("betas", "eps", "weight_decay", "momentum", "decoupled_weight_decay")
 
 
 class Engine:
@@ -58,6 +57,7 @@ class Engine:
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.zero_stage = run.parallel.zero_stage
+        self.optimizer = run.optimizer.kind
         self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
         self.device: torch.device = self._engine.device
         self.module = module
@@ -136,17 +136,31 @@ class Engine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write every rank's shards under `folder`; all ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of the weights and the optimizer's state: views, as they stand."""
+        return fragments.fragments(self._engine)
 
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote at the same ranks and ZeRO stage; the optimizer's settings stay this run's."""
-        groups = self._engine.optimizer.param_groups
-        ours = [{name: group[name] for name in SETTINGS if name in group} for group in groups]
-        self._engine.load_checkpoint(str(folder), tag="state")
-        for group, settings in zip(self._engine.optimizer.param_groups, ours, strict=True):
-            group |= settings  # a run forked from another may have other ones
+    def wholes(self) -> dict[str, Whole]:
+        """The shape and type of every parameter and buffer, in the model's order."""
+        return fragments.wholes(self.module)
+
+    def counts(self) -> tuple[dict[str, int], dict[str, float]]:
+        """The optimizer's own count of steps, by parameter, of those that this rank has; the engine's counters."""
+        return fragments.optimizer_steps(self._engine), fragments.counters(self._engine)
+
+    def restore(
+        self,
+        states: Mapping[str, Collection[str]],
+        steps: Mapping[str, int],
+        counters: Mapping[str, float],
+        read: Callable[[list[Fragment]], None],
+    ) -> None:
+        """Take over a state of these tensors, whose values `read` fills in; all ranks call it.
+
+        The optimizer's settings stay this run's: one forked from another may have other ones.
+        """
+        fragments.restore(self._engine, states, steps, read)
+        fragments.set_counters(self._engine, counters)
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's weights; all ranks call it, rank 0 gets them."""

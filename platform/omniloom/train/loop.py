@@ -23,6 +23,7 @@ from omniloom.train.engine import Engine, shut_down
 from omniloom.train.forgetting import forgetting
 from omniloom.train.initial import begin_with
 from omniloom.train.record import Recorder
+from omniloom.train.saver import Saver
 from omniloom.train.schedule import rate_share
 from omniloom.train.step import training_step
 from omniloom.train.stream import Stream
@@ -46,6 +47,7 @@ def train(run: TrainingRun) -> None:
             tracker = stack.enter_context(Tracker(run.folder, run.track, asdict(run), resumed_at=state.step))
             tracker.event("start", step=state.step, corpora=[corpus.sha256 for corpus in corpora], ranks=where)
         recording = stack.enter_context(Recording(run.debug, run.folder, engine.rank))
+        saver = stack.enter_context(Saver(engine, model.config, corpora[0], run, tracker))
         stream = Stream(run, corpora, engine)
         _refuse_another_stream(stream, state)
         joined = appended(corpora, run.data)
@@ -82,13 +84,15 @@ def train(run: TrainingRun) -> None:
                 line |= stream.validate()
                 if tracker is not None:
                     line |= forgetting(run.folder, line, joined, run.train.global_batch_size)
+            saves = step % run.train.save_every == 0 or step == run.steps or stop
+            if saves:
+                line["checkpoint_s"] = saver.copy(state)
             if tracker is not None:
                 tracker.metrics(line)
             record.refuse_unsound(step, result)
-            if step % run.train.save_every == 0 or step == run.steps or stop:
-                folder = checkpoint.save(engine, model, corpora[0], run.folder, state)
-                if tracker is not None:
-                    tracker.checkpoint(folder)
+            if saves:
+                saver.write()
+            saver.check()
             if stop:
                 break
 
