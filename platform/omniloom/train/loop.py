@@ -15,9 +15,9 @@ import torch
 from omniloom.data.schedule import appended, open_corpora
 from omniloom.errors import DataError
 from omniloom.model.decoder import Decoder
-from omniloom.track.run_directory import stop_asked
+from omniloom.track.run_directory import save_asked, stop_asked, take_up_save
 from omniloom.track.tracker import Tracker
-from omniloom.train import checkpoint
+from omniloom.train import checkpoint, watch
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine, shut_down
 from omniloom.train.forgetting import forgetting
@@ -34,9 +34,11 @@ def train(run: TrainingRun) -> None:
     model = Decoder(run.model)
     model.activation_checkpointing = run.train.activation_checkpointing
     engine = Engine(model, run)
+    watch.reached("model")
     with ExitStack() as stack:
         stack.callback(shut_down)
         state = checkpoint.resume(engine, corpora, run.folder)
+        watch.reached("checkpoint")
         tracker = None
         where = engine.gather({"host": platform.node(), "pid": os.getpid()})
         if engine.rank == 0:
@@ -65,7 +67,9 @@ def train(run: TrainingRun) -> None:
                 batch_hash=stream.hash_of(batches),
             )
             peak = peak_memory_bytes()
-            memory, added, stop = engine.max_over_ranks([peak, peak - footprint, float(stop_asked(run.folder))])
+            asked = [float(stop_asked(run.folder)), float(save_asked(run.folder))]
+            memory, added, stop, save = engine.max_over_ranks([peak, peak - footprint, *asked])
+            watch.alive()
             line = _line(run, state, result, model, run.optimizer.lr * share) | _times(
                 engine, result, time.monotonic() - started + waited_s, waited_s
             )
@@ -74,16 +78,19 @@ def train(run: TrainingRun) -> None:
             line["eta_s"] = (time.monotonic() - began) / (step - first) * (run.steps - step)
             if step % run.train.val_every == 0 or step == run.steps or step in joins:
                 line |= stream.validate()
+                watch.alive()
                 if tracker is not None:
                     line |= forgetting(run.folder, line, joined, run.train.global_batch_size)
             if tracker is not None:
                 if engine.skipped:
                     tracker.event("skipped_step", step=step, loss_scale=engine.loss_scale)
                 tracker.metrics(line | _scaling(engine))
-            if step % run.train.save_every == 0 or step == run.steps or stop:
+            if step % run.train.save_every == 0 or step == run.steps or stop or save:
+                take_up_save(run.folder)
                 folder = checkpoint.save(engine, model, corpora[0], run.folder, state)
                 if tracker is not None:
                     tracker.checkpoint(folder)
+                watch.alive()
             if stop:
                 break
 
