@@ -126,6 +126,22 @@ def test_an_error_meant_for_the_user_comes_again_and_is_not_tried_again(tmp_path
     assert supervisor(tmp_path, 5)._allow_restart(failure(7), ClusterError("no word from S3")) is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "step", "ends"),
+    [
+        ("exception", 0, True),
+        ("out_of_memory", 0, True),
+        ("exception", 1, False),
+        ("worker_died", 0, False),
+        ("node_lost", 0, False),
+    ],
+)
+def test_what_never_worked_is_not_tried_again(kind: Any, step: int, ends: bool, tmp_path: Path) -> None:
+    found = Failure(1, kind, 1, "host", 2, "node", 0.0, "it died", step=step)
+    answer = supervisor(tmp_path, 5)._allow_restart(found, None)
+    assert (str(answer) == "rank 1 failed: it died") == ends
+
+
 def test_starts_are_counted_over_all_commands(tmp_path: Path) -> None:
     assert next_start(tmp_path) == 1
     for start in (9, 10):

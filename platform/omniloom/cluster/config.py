@@ -28,7 +28,8 @@ class ClusterConfig:
     min_workers: int | None = None
     cpus_per_worker: int = 1
     # Restarts from the newest checkpoint after failures of ranks between which no new step was done; the next one ends
-    # the run. Each step further makes them good again, so that a long run outlives any number of nodes.
+    # the run. Each step further makes them good again, so that a long run outlives any number of nodes. An error that
+    # is meant for the user, or that comes before the run's first step, is not tried again.
     max_failures: int = 3
     # Seconds without a step, validation or checkpoint on a rank before its stacks are written and it is ended, which is
     # a failure; three times as long before the first step; null: never. Under the 1,800 s after which torch's

@@ -29,6 +29,7 @@ from omniloom.cluster.rank import (
     next_start,
     oom_kills,
     read_record,
+    remove_if_empty,
     stacks_file,
 )
 from omniloom.errors import ClusterError, OmniloomError
@@ -86,7 +87,9 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
         self._verdict: OmniloomError | None = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """The ranks are about to be placed."""
+        """The ranks are about to be placed; those that were killed have left files without a word."""
+        for path in self._hooks.folder.glob("stacks/start_*/rank_*.txt"):
+            remove_if_empty(path)
         self._side.start = next_start(self._hooks.folder)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -184,17 +187,18 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
         return failure
 
     def _allow_restart(self, failure: Failure, error: OmniloomError | None) -> OmniloomError | None:
-        """None, or what to end with: an error of ours comes again; so does whatever lets no step pass."""
+        """None, or what to end with: what comes again is not tried again, nor what lets no step pass for long."""
         if error is not None and not isinstance(error, ClusterError):
             return error
         if failure.step > self._furthest:
             self._furthest, self._in_place = failure.step, 0
         self._in_place += 1
-        if self._in_place <= self._max_failures:
+        comes_again = failure.step == 0 and failure.kind in ("exception", "out_of_memory")  # it never worked
+        if self._in_place <= self._max_failures and not comes_again:
             return None
         again = (
             f"; it is failure {self._in_place} after step {failure.step}, and cluster.max_failures={self._max_failures}"
-            if self._max_failures
+            if self._in_place > 1
             else ""
         )
         return ClusterError(f"rank {failure.rank} failed: {failure.cause}{again}")

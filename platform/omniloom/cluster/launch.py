@@ -36,10 +36,10 @@ def run_on_ranks(
     """Call `function(argument)` on `config.workers` ranks that share a torch process group; raise what failed first.
 
     With `numbers`, smallest first, on as many of them as the cluster has room for; the process group tells how many.
-    Ranks that fail start again as `config.max_failures` says, and each failure is one event. Ctrl-C, SIGTERM, a signal
-    to a rank or Ray's notice that a node goes call `hooks.ask_to_stop`, upon which the ranks are expected to come to an
-    end of themselves; a second signal, or the first where there are no hooks, raises KeyboardInterrupt. SIGUSR1 calls
-    `hooks.ask_to_save`.
+    Each failure is one event and, where there are hooks, the ranks start again as `config.max_failures` says. Ctrl-C,
+    SIGTERM, a signal to a rank or Ray's notice that a node goes call `hooks.ask_to_stop`, upon which the ranks are
+    expected to come to an end of themselves; a second signal, or the first where there are no hooks, raises
+    KeyboardInterrupt. SIGUSR1 calls `hooks.ask_to_save`.
     """
     numbers = numbers or (config.workers,)
     has_gpu = ray.cluster_resources().get("GPU", 0) >= numbers[0]
@@ -61,7 +61,7 @@ def run_on_ranks(
                 name="ranks",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[Supervisor(side, config.max_failures), side],
+                callbacks=[Supervisor(side, config.max_failures if hooks else 0), side],
             ),
         )
         while _fit(trainer, stop) and side.hooks.go_on() and stop.name is None:

@@ -151,9 +151,7 @@ class Rank:
             signal.signal(number, handler)
         faulthandler.enable(sys.__stderr__ or 2)
         self._stacks.close()
-        with suppress(OSError):
-            if not self._path.stat().st_size:
-                self._path.unlink()
+        remove_if_empty(self._path)
 
     def _write(self) -> None:
         path = record_file(self._side.hooks.folder, self._side.start, self._record.rank)
@@ -222,6 +220,15 @@ def record_file(folder: Path, start: int, rank: int) -> Path:
 def stacks_file(folder: Path, start: int, rank: int) -> Path:
     """Where its stacks lie, if any."""
     return folder / "stacks" / f"start_{start}" / f"rank_{rank}.txt"
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove a file without words, and the folders that held no other."""
+    with suppress(OSError):
+        if not path.stat().st_size:
+            path.unlink()
+            path.parent.rmdir()
+            path.parent.parent.rmdir()
 
 
 def next_start(folder: Path) -> int:
