@@ -1,5 +1,6 @@
 """Shards to a trained model: `omniloom train corpus=corpora/mine run=first model=tiny train.steps=500`."""
 
+import os
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ def hooks_of(run: Path) -> "Hooks":
         folder=run,
         tell=partial(write_event, run),
         steps_done=partial(steps_done, run),
-        ask_to_stop=partial(ask_to_stop, run),
+        ask_to_stop=partial(ask_to_stop, run, command=os.getpid()),
         ask_to_save=partial(ask_to_save, run),
         go_on=partial(take_up_stop, run, ROOM),
         hear=watch.hear,

@@ -35,6 +35,7 @@ class Job:
     steps: int = 6
     always: bool = False
     victim: int = 1
+    step_s: float = 0.0
 
 
 def steps_of(job: Job) -> None:
@@ -53,6 +54,7 @@ def steps_of(job: Job) -> None:
             with (folder / "steps").open("a") as steps:
                 steps.write(f"{step} {int(total)}\n")
         dist.barrier()
+        time.sleep(job.step_s)
         watch.alive()
         if (folder / "stop").exists():
             return

@@ -1,6 +1,5 @@
 """A run with a rank on each of two nodes loses one of them, and goes on with both ranks on the other, bit for bit."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from two_nodes import OMNILOOM, User, session_of
+from two_nodes import OMNILOOM, User, second_raylet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 COMPARED = ("step", "loss/next_token", "loss/mtp", "loss/balance", "grad_norm", "batch_hash")
@@ -31,13 +29,6 @@ time.sleep(1000)
 """
 
 
-def events(user: User, run: str, kind: str) -> list[dict[str, Any]]:
-
-    path = user.folder / "runs" / run / "events.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
 def test_a_lost_node_is_the_first_cause_and_the_run_ends_as_one_that_lost_none(
     user: User, state: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -55,7 +46,7 @@ def test_a_lost_node_is_the_first_cause_and_the_run_ends_as_one_that_lost_none(
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         user.wait_for_steps("broken", 12)
-        ranks = {rank["pid"] for rank in events(user, "broken", "start")[-1]["ranks"]}
+        ranks = {rank["pid"] for rank in user.events("broken", "start")[-1]["ranks"]}
         raylet = second_raylet(state["pid"])
         lost = ranks & {child.pid for child in raylet.children()}
         assert len(lost) == 1, "both ranks are on one node: the test shows nothing"
@@ -66,7 +57,7 @@ def test_a_lost_node_is_the_first_cause_and_the_run_ends_as_one_that_lost_none(
     finally:
         holder.kill()
         run.kill()
-    (failure,) = events(user, "broken", "failure")
+    (failure,) = user.events("broken", "failure")
     assert (failure["kind"], {failure["pid"]}) == ("node_lost", lost)
     assert failure["host"]
     assert len(failure["node"]) == 56
@@ -74,10 +65,3 @@ def test_a_lost_node_is_the_first_cause_and_the_run_ends_as_one_that_lost_none(
     broken, whole = user.metrics("broken"), user.metrics("unbroken")
     for key in COMPARED:
         assert [line[key] for line in broken] == [line[key] for line in whole], key
-
-
-def second_raylet(session: int) -> psutil.Process:
-    """That of the node which is not the head."""
-    mine = [p for p in psutil.process_iter() if session_of(p) == session and p.name() == "raylet"]
-    (other,) = [p for p in mine if "--head" not in p.cmdline()]
-    return other

@@ -329,6 +329,14 @@ def test_a_request_to_stop_is_for_the_ranks_of_this_start(folder):
     assert not save_asked(folder)
 
 
+def test_ranks_of_a_lost_command_stop_no_other(folder):
+    open_run(folder, CONFIG)
+    ask_to_stop(folder, "SIGTERM to rank 1", command=os.getpid() + 1)
+    assert not stop_asked(folder)
+    ask_to_stop(folder, "SIGTERM to rank 1", command=os.getpid())
+    assert stop_asked(folder)
+
+
 def test_what_was_asked_and_done_is_asked_no_more(folder):
     open_run(folder, CONFIG)
     ask_to_save(folder)

@@ -127,8 +127,6 @@ def open_run(
     The caller has claimed it, so that a run that says it is running has lost its command. Raises ConfigError where the
     run's own configuration differs in a key that may not change, with both values.
     """
-    for asked in (STOP, SAVE):
-        (folder / asked).unlink(missing_ok=True)
     if (folder / "run.json").is_file():
         record = read_record(folder)
         _refuse_changes(folder, config)
@@ -156,12 +154,18 @@ def open_run(
     record.host, record.pid, record.ray_job_id = platform.node(), os.getpid(), ray_job_id
     jsonl.replace_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_record(folder, record)  # last: a folder without it is no run yet, and a repeat starts afresh
+    for asked in (STOP, SAVE):  # by or of another command, whose ranks ask no more: `ask_to_stop` reads the record
+        (folder / asked).unlink(missing_ok=True)
     return record
 
 
-def ask_to_stop(folder: Path, why: str = "asked to stop") -> None:
-    """Have the ranks of a run save a checkpoint after the step they are in, and end; the first reason counts."""
-    if not stop_asked(folder):
+def ask_to_stop(folder: Path, why: str = "asked to stop", command: int | None = None) -> None:
+    """Have the ranks of a run save a checkpoint after the step they are in, and end; the first reason counts.
+
+    Ranks speak for the command that placed them, by its pid: when it is killed they are told to end too, and that is
+    not meant for the command that takes the run up again.
+    """
+    if not stop_asked(folder) and command in (None, read_record(folder).pid):
         jsonl.replace_text(folder / STOP, why)
 
 
