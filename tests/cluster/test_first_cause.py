@@ -12,12 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.core.generated.common_pb2 import ActorDeathCause, ActorDiedErrorContext, OomContext
+from ray.exceptions import GetTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from omniloom.cluster import faults
 from omniloom.cluster.config import ClusterConfig
 from omniloom.cluster.elastic import ROOM, Sizes
-from omniloom.cluster.faults import Death, Ended, Failure, Supervisor, first_cause
+from omniloom.cluster.faults import Death, Ended, Failure, Supervisor, TryAgain, first_cause
 from omniloom.cluster.rank import Hooks, RankSide, Record, kind_of, next_start, record_file
 from omniloom.errors import ClusterError, ConfigError, DataError
 
@@ -88,7 +92,7 @@ def supervisor(folder: Path, max_failures: int, said: list[Any] | None = None) -
 
 
 def failure(step: int) -> Failure:
-    return Failure(1, "worker_died", 1, "host", 2, "node", 0.0, "it died", step=step)
+    return Failure(1, "worker_died", "it died", rank=1, step=step)
 
 
 def ends_at(tmp_path: Path, max_failures: int, steps: list[int]) -> int | None:
@@ -137,7 +141,7 @@ def test_an_error_meant_for_the_user_comes_again_and_is_not_tried_again(tmp_path
     ],
 )
 def test_what_never_worked_is_not_tried_again(kind: Any, step: int, ends: bool, tmp_path: Path) -> None:
-    found = Failure(1, kind, 1, "host", 2, "node", 0.0, "it died", step=step)
+    found = Failure(1, kind, "it died", rank=1, step=step)
     answer = supervisor(tmp_path, 5)._allow_restart(found, None)
     assert (str(answer) == "rank 1 failed: it died") == ends
 
@@ -200,7 +204,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(faults, "_death", lambda one: deaths.get(one.metadata.pid - 100))
     monkeypatch.setattr(faults, "GATHER_S", 0.3)
     policy.before_worker_group_start(None)
-    policy.after_worker_group_start(SimpleNamespace(get_workers=lambda: [worker(0), worker(1)]))
+    assert policy.before_init_train_context([worker(0), worker(1)]) == {}
     for rank in range(2):
         path = record_file(tmp_path, 1, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,3 +288,42 @@ def test_only_numbers_that_share_the_batch_are_taken_and_ranks_that_run_save_fir
         decision = sizes.make_decision_for_running_worker_group(state, None)
         assert type(decision).__name__ == "NoopDecision"
     assert said == [f"{ROOM}: 1 run, 2 could"]
+
+
+def rescheduling(error: Exception) -> ReschedulingState:
+    return ReschedulingState(training_failed_error=ControllerError(error))
+
+
+def test_ranks_that_fail_before_they_are_a_group_are_counted_too(watched: Any) -> None:
+    update = watched.policy.after_controller_state_update
+    failed = rescheduling(WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize."))
+    watched.deaths[1] = Death(4.0, "node_lost", "the node is gone")
+    update(None, failed)
+    watched.policy.before_worker_group_start(None)
+    watched.deaths.clear()
+    with pytest.raises(ClusterError, match=r"the ranks failed: At least one .*; it is failure 2 after step 7"):
+        update(None, failed)
+    told = [(kind, facts["kind"], facts["rank"]) for kind, facts in watched.said]
+    assert told == [("failure", "node_lost", 1), ("failure", "exception", None)]
+
+
+def test_a_wait_for_room_is_told_once_and_goes_on(watched: Any) -> None:
+    for _ in range(3):
+        watched.policy.after_controller_state_update(None, rescheduling(WorkerGroupStartupTimeoutError(2)))
+    ((kind, facts),) = watched.said
+    assert kind == "waiting"
+    assert "waiting for 2 workers" in facts["cause"]
+
+
+@pytest.mark.parametrize(
+    ("error", "decision"),
+    [
+        (WorkerGroupError("", {}), "RETRY"),
+        (ControllerError(WorkerGroupStartupTimeoutError(2)), "RETRY"),
+        (ControllerError(GetTimeoutError()), "RETRY"),
+        (ControllerError(Ended("asked to")), "RAISE"),
+        (ControllerError(TypeError("a mistake of ours")), "RAISE"),
+    ],
+)
+def test_what_can_pass_is_tried_again(error: Exception, decision: str) -> None:
+    assert TryAgain(None).make_decision(error).name == decision

@@ -15,17 +15,19 @@ COMPARED = ("step", "loss/next_token", "loss/mtp", "loss/balance", "grad_norm", 
 WORDS = ["train", "experiment=smoke", "cluster.address=up", "cluster.workers=2", "train.steps=80", "train.save_every=5"]
 # Of the two CPUs of each node one is taken, so that the two ranks cannot share a node.
 HOLD = """
-import sys, time, ray
+import time, ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
-ray.init(address=sys.argv[1], log_to_driver=False)
+from omniloom.cluster.config import ClusterConfig
+from omniloom.cluster.session import ray_session
 class Holder: pass
-holders = [
-    ray.remote(num_cpus=1)(Holder).options(scheduling_strategy=On(node["NodeID"], soft=False)).remote()
-    for node in ray.nodes()
-]
-ray.get([holder.__ray_ready__.remote() for holder in holders])
-print("held", flush=True)
-time.sleep(1000)
+with ray_session(ClusterConfig(address="up")):
+    holders = [
+        ray.remote(num_cpus=1)(Holder).options(scheduling_strategy=On(node["NodeID"], soft=False)).remote()
+        for node in ray.nodes()
+    ]
+    ray.get([holder.__ray_ready__.remote() for holder in holders])
+    print("held", flush=True)
+    time.sleep(1000)
 """
 
 
@@ -35,16 +37,15 @@ def test_a_lost_node_is_the_first_cause_and_the_run_ends_as_one_that_lost_none(
     unbroken = user.call(*WORDS, "run=unbroken")
     assert unbroken.returncode == 0, unbroken.stderr[-2000:]
 
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": state["token_path"]}
-    hold = [sys.executable, "-c", HOLD, state["address"]]
-    holder = subprocess.Popen(hold, env={**user.environment, **token}, stdout=subprocess.PIPE, text=True)
-    log = (tmp_path / "log").open("w")
-    run = subprocess.Popen(
-        [*OMNILOOM, *WORDS, "run=broken"], cwd=user.folder, env=user.environment, stdout=log, stderr=log
-    )
+    hold = [sys.executable, "-c", HOLD]
+    holder = subprocess.Popen(hold, env=user.environment, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            [*OMNILOOM, *WORDS, "run=broken"], cwd=user.folder, env=user.environment, stdout=log, stderr=log
+        )
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
         user.wait_for_steps("broken", 12)
         ranks = {rank["pid"] for rank in user.events("broken", "start")[-1]["ranks"]}
         raylet = second_raylet(state["pid"])

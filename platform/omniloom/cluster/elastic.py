@@ -8,6 +8,8 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
+from omniloom.cluster.faults import TryAgain
+
 ROOM = "room for more ranks"  # why they are asked to stop: to start again
 ASK_S = 10.0
 
@@ -39,13 +41,14 @@ class Sizes(ElasticScalingPolicy):
 
 
 class ElasticTrainer(TorchTrainer):
-    """Ray's trainer with our numbers of ranks."""
+    """Ray's trainer with our numbers of ranks, and our answer to failures."""
 
     def __init__(self, *args: Any, numbers: Sequence[int], ask_to_stop: Callable[[str], None], **named: Any) -> None:
         super().__init__(*args, **named)
         self._numbers, self._ask_to_stop = numbers, ask_to_stop
 
     def _initialize_and_run_controller(self, **named: Any) -> Any:
+        named["failure_policy"] = TryAgain(self.run_config.failure_config)
         if len(self._numbers) > 1:
             named["scaling_policy"] = Sizes(self.scaling_config, self._numbers, self._ask_to_stop)
         return super()._initialize_and_run_controller(**named)

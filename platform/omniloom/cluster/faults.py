@@ -17,7 +17,10 @@ import ray
 from ray._private.state import state as ray_state
 from ray.core.generated.common_pb2 import ActorDeathCause, ActorDiedErrorContext
 from ray.exceptions import RayError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from omniloom import errors
@@ -58,12 +61,12 @@ class Failure:
 
     start: int
     kind: Kind
-    rank: int | None
-    host: str | None
-    pid: int | None
-    node: str | None
-    failed: float | None  # seconds since 1970; the event's own time is when it was noticed
     cause: str
+    rank: int | None = None
+    host: str | None = None
+    pid: int | None = None
+    node: str | None = None
+    failed: float | None = None  # seconds since 1970; the event's own time is when it was noticed
     traceback: list[str] = field(default_factory=list)
     step: int = 0  # the last one done
     aftermath: list[int] = field(default_factory=list)  # ranks that failed in its wake
@@ -85,6 +88,7 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
         self._furthest, self._in_place = -1, 0
         self._leaving: str | None = None
         self._verdict: OmniloomError | None = None
+        self._waits_for = ""
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """The ranks are about to be placed; those that were killed have left files without a word."""
@@ -92,9 +96,10 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
             remove_if_empty(path)
         self._side.start = next_start(self._hooks.folder)
 
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """They are placed."""
-        self._workers = worker_group.get_workers()
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        """They are placed, in the order of their ranks, and know of nobody yet."""
+        self._workers = workers
+        return {}
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Ask the ranks to leave a node that is to go; tell of a failure, once."""
@@ -103,13 +108,18 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
             ranks = ", ".join(map(str, notice.preempted_ranks))
             self._leaving = f"Ray's notice: node {', '.join(notice.preempted_node_ids)} goes, with rank {ranks}"
             self._hooks.ask_to_stop(self._leaving)
-        if worker_group_status.errors and self._told < self._side.start:
-            self._told = self._side.start
-            failure, error = self._gather(worker_group_status.errors)
-            noticed = time.time()
-            self._hooks.tell("failure", **asdict(failure))
-            self._side.restart = {"failed": min(failure.failed or noticed, noticed), "noticed": noticed}
-            self._verdict = self._allow_restart(failure, error)
+        if worker_group_status.errors:
+            self._note(worker_group_status.errors)
+
+    def _note(self, errors_by_rank: dict[int, Exception], otherwise: str = "") -> None:
+        if self._told == self._side.start:
+            return
+        self._told = self._side.start
+        failure, error = self._gather(errors_by_rank, otherwise)
+        noticed = time.time()
+        self._hooks.tell("failure", **asdict(failure))
+        self._side.restart = {"failed": min(failure.failed or noticed, noticed), "noticed": noticed}
+        self._verdict = self._allow_restart(failure, error)
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Ray would start them again, without end; what is raised here ends the job."""
@@ -119,14 +129,19 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
             raise self._verdict
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Tell why ranks could not be placed, each reason once; Ray tries again."""
-        error = getattr(current_state, "training_failed_error", None)
-        if type(current_state).__name__ != "ReschedulingState" or error is None:
+        """Ranks could not be placed, or failed before they were a group; Ray tries again."""
+        if not isinstance(current_state, ReschedulingState):
             return
+        error = getattr(current_state.training_failed_error, "controller_failure", current_state.training_failed_error)
         cause = str(error).strip().splitlines()[-1]
-        self._hooks.tell("waiting", start=self._side.start, cause=cause)
+        if not isinstance(error, WorkerGroupStartupTimeoutError):
+            self._note({}, cause)
+            self.before_controller_execute_failure_decision(None)
+        elif cause != self._waits_for:  # which Ray asks for once a minute
+            self._waits_for = cause
+            self._hooks.tell("waiting", start=self._side.start, cause=cause)
 
-    def _gather(self, errors_by_rank: dict[int, Exception]) -> tuple[Failure, OmniloomError | None]:
+    def _gather(self, errors_by_rank: dict[int, Exception], otherwise: str) -> tuple[Failure, OmniloomError | None]:
         """The first failure, as soon as it can be told; and the error of ours that it was, if it was one."""
         folder, start = self._hooks.folder, self._side.start
         until = time.monotonic() + GATHER_S
@@ -142,38 +157,38 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
         hung = [rank for rank in known if _dumped(stacks_file(folder, start, rank))]
         if rank is None:  # aftermath is all there is
             failed = {rank: record.failed for rank, record in known.items() if record.failed}
-            rank = min(failed, key=lambda r: failed[r]) if failed else min(errors_by_rank)
+            rank = min(failed, key=lambda r: failed[r]) if failed else min(errors_by_rank, default=None)
         behind = _behind(known, hung) if hung else []
-        failure = self._describe(behind[0] if behind else rank, known, deaths, errors_by_rank)
+        told = {r: str(error) for r, error in errors_by_rank.items()}
+        failure = self._describe(behind[0] if behind else rank, known, deaths, told, otherwise)
         failure.aftermath = [other for other in wake if other != failure.rank]
         if hung:
             failure.kind, failure.behind = "hang", behind
-            failure.failed = min(stacks_file(folder, start, rank).stat().st_mtime for rank in hung)
+            failure.failed = min(stacks_file(folder, start, one).stat().st_mtime for one in hung)
             failure.stacks = str(stacks_file(folder, start, 0).parent)
             failure.cause = (
                 f"no step for cluster.hang_s={self._side.hang_s:g} s; rank {', '.join(map(str, behind))} held up"
             )
-        record = known.get(rank)
+        record = known.get(rank) if rank is not None else None
         ours = getattr(errors, record.error, None) if record is not None and not hung else None
         is_ours = isinstance(ours, type) and issubclass(ours, OmniloomError)
         return failure, ours(record.message) if record is not None and ours is not None and is_ours else None
 
     def _describe(
-        self, rank: int, records: dict[int, Record], deaths: dict[int, Death], errors_by_rank: dict[int, Exception]
+        self,
+        rank: int | None,
+        records: dict[int, Record],
+        deaths: dict[int, Death],
+        told: dict[int, str],
+        otherwise: str,
     ) -> Failure:
-        place = self._workers[rank].metadata
-        record, death = records.get(rank), deaths.get(rank)
-        failure = Failure(
-            start=self._side.start,
-            kind="exception",
-            rank=rank,
-            host=place.hostname,
-            pid=place.pid,
-            node=place.node_id,
-            failed=None,
-            cause=str(errors_by_rank.get(rank, "it ended without a word")),
-            step=self._hooks.steps_done(),
-        )
+        """What is known of one rank's failure; of a failure of no rank that can be named, `otherwise`."""
+        failure = Failure(self._side.start, "exception", otherwise, step=self._hooks.steps_done())
+        if rank is None:
+            return failure
+        place, record, death = self._workers[rank].metadata, records.get(rank), deaths.get(rank)
+        failure.rank, failure.host, failure.pid, failure.node = rank, place.hostname, place.pid, place.node_id
+        failure.cause = told.get(rank, otherwise)
         if record is not None and record.failed is not None:
             failure.kind, failure.failed = record.kind or "exception", record.failed
             failure.cause, failure.traceback = f"{record.error}: {record.message}", record.traceback
@@ -201,7 +216,18 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
             if self._in_place > 1
             else ""
         )
-        return ClusterError(f"rank {failure.rank} failed: {failure.cause}{again}")
+        who = "the ranks" if failure.rank is None else f"rank {failure.rank}"
+        return ClusterError(f"{who} failed: {failure.cause}{again}")
+
+
+class TryAgain(FailurePolicy):
+    """Ray starts the ranks again after whatever can pass, without end: the supervisor ends the job."""
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        """Of an error of the ranks, or of the controller: one that ranks gave it while they became a group."""
+        error = getattr(training_failed_error, "controller_failure", None)
+        can_pass = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError, RayError)
+        return FailureDecision.RETRY if error is None or isinstance(error, can_pass) else FailureDecision.RAISE
 
 
 def first_cause(records: dict[int, Record], deaths: dict[int, Death]) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
@@ -56,11 +56,10 @@ def run_on_ranks(
                 resources_per_worker={"CPU": config.cpus_per_worker},
                 elastic_resize_monitor_interval_s=ROOM_S,
             ),
-            # Ray's own record of the run; ours is the run directory. It never gives up: the supervisor does.
+            # Ray's own record of the run; ours is the run directory.
             run_config=RunConfig(
                 name="ranks",
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=-1),
                 callbacks=[Supervisor(side, config.max_failures if hooks else 0), side],
             ),
         )
