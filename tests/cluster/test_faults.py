@@ -65,6 +65,15 @@ def test_a_hang_leaves_every_ranks_stacks_and_names_who_is_behind(how: str, ray_
 
 
 @pytest.mark.slow
+def test_a_step_that_took_long_and_went_on_leaves_nothing(ray_cluster: None, tmp_path: Path) -> None:
+    config = ClusterConfig(workers=2, max_failures=0, hang_s=10)
+    run_on_ranks(steps_of, Job(str(tmp_path), "linger"), config, hooks(tmp_path))
+    assert steps(tmp_path) == ALL_STEPS
+    assert not (tmp_path / "events.jsonl").exists()
+    assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "max_failures", "error", "message", "failures"),
     [

@@ -290,6 +290,13 @@ def test_only_numbers_that_share_the_batch_are_taken_and_ranks_that_run_save_fir
     assert said == [f"{ROOM}: 1 run, 2 could"]
 
 
+def test_a_start_of_which_no_rank_came_to_write_is_counted_all_the_same(tmp_path: Path) -> None:
+    policy = supervisor(tmp_path, 1)
+    for start in (1, 2, 3):
+        policy.before_worker_group_start(None)
+        assert policy._side.start == start
+
+
 def rescheduling(error: Exception) -> ReschedulingState:
     return ReschedulingState(training_failed_error=ControllerError(error))
 

@@ -26,7 +26,7 @@ class User:
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [*OMNILOOM, *words]
         return subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=240
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=400
         )
 
     def json(self, *words: str) -> Any:

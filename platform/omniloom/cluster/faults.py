@@ -94,7 +94,7 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
         """The ranks are about to be placed; those that were killed have left files without a word."""
         for path in self._hooks.folder.glob("stacks/start_*/rank_*.txt"):
             remove_if_empty(path)
-        self._side.start = next_start(self._hooks.folder)
+        self._side.start = max(next_start(self._hooks.folder), self._side.start + 1)  # none may have come to write
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """They are placed, in the order of their ranks, and know of nobody yet."""

@@ -101,7 +101,7 @@ class Rank:
         self._write()
         path = stacks_file(side.hooks.folder, side.start, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = path.open("w")
+        self._stacks = path.open("a")
         self._path = path
         faulthandler.enable(self._stacks)  # a crash in native code leaves its stacks too
         self._armed = self._ended = 0.0
@@ -166,6 +166,8 @@ class Rank:
         if self._side.hang_s is None or self._ended:
             return
         self._armed = time.monotonic()
+        if os.fstat(self._stacks.fileno()).st_size:  # it took long, and went on
+            os.ftruncate(self._stacks.fileno(), 0)
         patience_s = self._side.hang_s * times
         faulthandler.dump_traceback_later(patience_s, file=self._stacks)
         signal.setitimer(signal.ITIMER_REAL, patience_s + END_S + self._side.hang_s / 10)
