@@ -217,7 +217,8 @@ def status(errors: dict[int, Exception], notice: PreemptionInfo | None = None) -
 
 
 def test_a_failure_is_told_once_however_often_ray_repeats_it(watched: Any) -> None:
-    watched.deaths[1] = Death(4.0, "node_lost", "the node is gone")
+    watched.deaths[1] = Death(9.0, "node_lost", "the node is gone")
+    record_file(watched.folder, 1, 0).write_text(json.dumps(asdict(record(0, 4.0, GONE))))  # felt it at once
     for _ in range(3):
         watched.policy.after_worker_group_poll_status(status({0: RuntimeError(GONE)}))
     ((kind, facts),) = watched.said

@@ -193,7 +193,9 @@ class Supervisor(WorkerGroupCallback, ControllerCallback):
             failure.kind, failure.failed = record.kind or "exception", record.failed
             failure.cause, failure.traceback = f"{record.error}: {record.message}", record.traceback
         elif death is not None:
-            failure.kind, failure.failed, failure.cause = death.kind, death.at, death.cause
+            # Others may have felt it before Ray came to know.
+            felt = [other.failed for other in records.values() if other.failed is not None]
+            failure.kind, failure.failed, failure.cause = death.kind, min([death.at, *felt]), death.cause
             last_words = _last_words(stacks_file(self._hooks.folder, self._side.start, rank))
             if last_words:
                 failure.cause, failure.traceback = last_words[0], last_words[:TRACEBACK_LINES]
