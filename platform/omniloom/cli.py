@@ -77,7 +77,8 @@ examples:
   omniloom submit train experiment=smoke run=smoke -f
 
 `omniloom VERB --help` lists a verb's keys and groups; --cfg job prints its resolved configuration; --debug adds
-tracebacks to errors. A run lives in runs/<run>/; repeating a command resumes it.
+tracebacks to errors. A run lives in runs/<run>/; repeating a command resumes it. Exit status 75: it had to make room,
+by SIGTERM or as its node goes, and has saved: repeat the command. SIGUSR1 has it save and go on.
 """
 
 

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from omniloom.cli import HYDRA_FLAGS
 from omniloom.cluster.config import Choice, Space
-from omniloom.errors import ConfigError, OmniloomError, did_you_mean
+from omniloom.errors import ConfigError, Interrupted, OmniloomError, did_you_mean
 from omniloom.model.config import ModelConfig
 from omniloom.overrides import literal, plain, split_sweeps
 from omniloom.settings import SWEEPABLE, SweepSettings
@@ -189,6 +189,8 @@ def _one_message(schema: type, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         why = f" ({interrupt})" if str(interrupt) else ""
         print(f"interrupted{why}: repeat the command to go on", file=sys.stderr)
+        if isinstance(interrupt, Interrupted):
+            sys.exit(os.EX_TEMPFAIL)
         name = str(interrupt).split(",")[0]
         sys.exit(128 + getattr(signal, name if name.startswith("SIG") else "SIGINT"))  # as a shell says it
     except (OmniloomError, HydraException, OmegaConfBaseException) as error:

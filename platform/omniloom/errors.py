@@ -26,6 +26,13 @@ class ClusterError(OmniloomError):
     """Ray, a worker or a node failed."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The work was told to make room, by a signal or a cluster's notice, and is saved: the same command goes on.
+
+    The command line ends with EX_TEMPFAIL, 75, which tells a scheduler to repeat it.
+    """
+
+
 def refuse_unless_one_of(key: str, value: str, valid: Iterable[str]) -> None:
     """Raise ConfigError where `key`'s value is none of `valid`."""
     names = list(valid)

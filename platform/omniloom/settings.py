@@ -62,6 +62,13 @@ class TrainSettings(TrainingRun, CorpusConfig):
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
         self.cluster.check()
         self.check_run(self.cluster.workers)
+        least, numbers = self.cluster.min_workers, self.numbers_of_ranks
+        if least is not None and least not in numbers:
+            raise ConfigError(
+                f"cluster.min_workers={least}: so many ranks cannot share train.global_batch_size="
+                f"{self.train.global_batch_size} by train.micro_batch_size={self.train.micro_batch_size}; up to "
+                f"cluster.workers={self.cluster.workers} those that can are {', '.join(map(str, numbers))}"
+            )
         if self.corpus is None:
             raise ConfigError("nothing to train on: set corpus=<folder that `omniloom tokenize` wrote>")
         if self.manifest or self.samples:
@@ -70,6 +77,18 @@ class TrainSettings(TrainingRun, CorpusConfig):
         self.corpus, self.runs_dir = str(Path(self.corpus).absolute()), str(Path(self.runs_dir).absolute())
         self.data.make_absolute()
         self.checkpoint.make_absolute()
+
+    @property
+    def numbers_of_ranks(self) -> list[int]:
+        """From cluster.min_workers to cluster.workers, smallest first, those that this run can be shared by."""
+        numbers = []
+        for number in range(self.cluster.min_workers or self.cluster.workers, self.cluster.workers + 1):
+            try:
+                self.check_run(number)
+            except ConfigError:
+                continue
+            numbers.append(number)
+        return numbers
 
 
 @dataclass

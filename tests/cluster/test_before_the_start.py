@@ -12,6 +12,8 @@ from omniloom.cluster.config import Choice, ClusterConfig, Interval, LocalCluste
 from omniloom.cluster.local import find_address, start_local
 from omniloom.errors import ClusterError, ConfigError
 from omniloom.overrides import split_sweeps
+from omniloom.settings import TrainSettings
+from omniloom.train.config import TrainConfig
 
 
 def test_one_value_is_fixed_and_several_are_swept() -> None:
@@ -130,3 +132,42 @@ def test_a_forced_one_is(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert "plan: no-go, memory " in said.out
     assert "127.0.0.1:9" in said.err  # planned, and on its way
+
+
+def elastic(least: int | None, workers: int, global_batch_size: int, micro_batch_size: int = 1) -> TrainSettings:
+    settings = TrainSettings(corpus="corpora/mine")
+    settings.train = TrainConfig(
+        steps=200, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, val_rows=8
+    )
+    settings.cluster.workers, settings.cluster.min_workers = workers, least
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("least", "workers", "global_batch_size", "numbers"),
+    [(1, 8, 24, [1, 2, 3, 4, 6, 8]), (2, 6, 12, [2, 3, 4, 6]), (None, 4, 8, [4]), (4, 4, 8, [4])],
+)
+def test_ranks_are_as_many_as_share_the_batch(
+    least: int | None, workers: int, global_batch_size: int, numbers: list[int]
+) -> None:
+    settings = elastic(least, workers, global_batch_size)
+    settings.check()
+    assert settings.numbers_of_ranks == numbers
+
+
+@pytest.mark.parametrize(
+    ("least", "message"),
+    [
+        (
+            5,
+            "cluster.min_workers=5: so many ranks cannot share train.global_batch_size=24 by train.micro_batch_size=1; "
+            "up to cluster.workers=8 those that can are 6, 8",
+        ),
+        (9, "cluster.min_workers=9 must lie between 1 and cluster.workers=8"),
+        (0, "cluster.min_workers=0 must lie between 1 and cluster.workers=8"),
+    ],
+)
+def test_a_least_number_of_ranks_that_cannot_be_is_refused(least: int, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        elastic(least, 8, 24).check()
+    assert str(refused.value) == message

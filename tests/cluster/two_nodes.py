@@ -26,7 +26,7 @@ class User:
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [*OMNILOOM, *words]
         return subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=240
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=400
         )
 
     def json(self, *words: str) -> Any:
@@ -42,6 +42,11 @@ class User:
         path = self.folder / "runs" / run / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
+
+    def events(self, run: str, kind: str) -> list[dict[str, Any]]:
+        path = self.folder / "runs" / run / "events.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
 
     def wait_for_steps(self, run: str, steps: int) -> None:
         deadline = time.monotonic() + 180
@@ -80,3 +85,10 @@ def session_of(process: psutil.Process) -> int:
         return os.getsid(process.pid)
     except (ProcessLookupError, PermissionError):
         return -1
+
+
+def second_raylet(session: int) -> psutil.Process:
+    """That of the node which is not the head."""
+    mine = [p for p in psutil.process_iter() if session_of(p) == session and p.name() == "raylet"]
+    (other,) = [p for p in mine if "--head" not in p.cmdline()]
+    return other

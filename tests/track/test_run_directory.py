@@ -16,14 +16,19 @@ from omniloom.errors import ConfigError
 from omniloom.track import jsonl
 from omniloom.track.run_directory import (
     Place,
+    ask_to_save,
     ask_to_stop,
     claim,
     locate,
     open_run,
     read_record,
-    record_failure,
     running,
+    save_asked,
+    steps_done,
     stop_asked,
+    take_up_save,
+    take_up_stop,
+    why_stopped,
     write_record,
 )
 
@@ -339,24 +344,42 @@ def test_one_command_at_a_time_runs_a_run(folder):
 def test_a_request_to_stop_is_for_the_ranks_of_this_start(folder):
     open_run(folder, CONFIG)
     assert not stop_asked(folder)
+    ask_to_stop(folder, "SIGTERM")
     ask_to_stop(folder)
-    assert stop_asked(folder)
+    assert (stop_asked(folder), why_stopped(folder)) == (True, "SIGTERM")  # who asks first gives the reason
+    assert not take_up_stop(folder, "room")
+    ask_to_save(folder)
     open_run(folder, CONFIG)
+    assert not stop_asked(folder)
+    assert not save_asked(folder)
+
+
+def test_ranks_of_a_lost_command_stop_no_other(folder):
+    open_run(folder, CONFIG)
+    ask_to_stop(folder, "SIGTERM to rank 1", command=os.getpid() + 1)
+    assert not stop_asked(folder)
+    ask_to_stop(folder, "SIGTERM to rank 1", command=os.getpid())
+    assert stop_asked(folder)
+
+
+def test_what_was_asked_and_done_is_asked_no_more(folder):
+    open_run(folder, CONFIG)
+    ask_to_save(folder)
+    assert save_asked(folder)
+    take_up_save(folder)
+    take_up_save(folder)  # every rank does
+    assert not save_asked(folder)
+    ask_to_stop(folder, "room for two")
+    assert take_up_stop(folder, "room")
     assert not stop_asked(folder)
 
 
-def test_a_failure_names_rank_host_and_process(folder):
+def test_the_steps_done_are_the_last_whole_lines(folder):
     open_run(folder, CONFIG)
-    for pids in ((7, 8), (17, 18)):
-        start = {"event": "start", "ranks": [{"host": "a", "pid": pids[0]}, {"host": "b", "pid": pids[1]}]}
-        jsonl.append(folder / "events.jsonl", start)
-    record_failure(folder, 1, "ActorDiedError: killed")
-    failure = jsonl.read(folder / "events.jsonl")[-1]
-    assert (failure["event"], failure["rank"], failure["host"], failure["pid"]) == ("failure", 1, "b", 18)
-    assert failure["cause"] == "ActorDiedError: killed"
-
-
-def test_a_failure_before_the_first_start_is_told_without_a_host(folder):
-    open_run(folder, CONFIG)
-    record_failure(folder, 0, "out of memory")
-    assert jsonl.read(folder / "events.jsonl")[-1]["cause"] == "out of memory"
+    assert steps_done(folder) == 0
+    for step in (1, 2):
+        jsonl.append(folder / "metrics.jsonl", {"step": step, "note": "x" * 100_000})  # over what is read at once
+        assert steps_done(folder) == step
+    with (folder / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 3')
+    assert steps_done(folder) == 2

@@ -1,5 +1,6 @@
 """Which cluster, how many workers, how a space of overrides is searched. Imports nothing heavy."""
 
+import math
 from dataclasses import dataclass, field
 
 from omniloom.errors import ConfigError, refuse_unless_one_of
@@ -22,8 +23,18 @@ class ClusterConfig:
     address: str | None = None
     token_path: str | None = None  # a file with the cluster's token; else Ray's own RAY_AUTH_TOKEN_PATH
     workers: int = 1  # training ranks
+    # null: that many always, waited for where a node was lost. Else as many, down to this, as the cluster has room for
+    # when they start, of the numbers that share the global batch; where room grows, they save and start again.
+    min_workers: int | None = None
     cpus_per_worker: int = 1
-    max_failures: int = 0  # restarts of the ranks after a failure, from the newest checkpoint
+    # Restarts from the newest checkpoint after failures of ranks between which no new step was done; the next one ends
+    # the run. Each step further makes them good again, so that a long run outlives any number of nodes. An error that
+    # is meant for the user, or that comes before the run's first step, is not tried again.
+    max_failures: int = 3
+    # Seconds without a step, validation or checkpoint on a rank before its stacks are written and it is ended, which is
+    # a failure; three times as long before the first step; null: never. Under the 1,800 s after which torch's
+    # collectives give up.
+    hang_s: float | None = 1200.0
     env: dict[str, str] = field(default_factory=dict)  # environment of every process of a job: NCCL_… and kin
 
     def check_workers(self) -> None:
@@ -31,6 +42,14 @@ class ClusterConfig:
         for key in ("workers", "cpus_per_worker"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"cluster.{key}={getattr(self, key)} must be at least 1")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ConfigError(
+                f"cluster.min_workers={self.min_workers} must lie between 1 and cluster.workers={self.workers}"
+            )
+        if self.max_failures < 0:
+            raise ConfigError(f"cluster.max_failures={self.max_failures} must not be negative")
+        if self.hang_s is not None and not 0 < self.hang_s < math.inf:
+            raise ConfigError(f"cluster.hang_s={self.hang_s} must be a number of seconds above 0, or null")
         for name in self.env:
             if looks_secret(name):
                 raise ConfigError(

@@ -37,6 +37,7 @@ WORKER_ENVIRONMENT = {
     # oneDNN builds a program for each shape of a half-precision product, and experts' products have a new one each.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # at Ray's 2 s a short run mostly waits
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",  # of ranks that failed, which are ended next, stuck or not
 }
 
 

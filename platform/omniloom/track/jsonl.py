@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+LOOK_BYTES = 1 << 16  # at a file's end, at a time
+
 
 def append(path: Path, entry: dict[str, Any]) -> None:
     """Write one line; it reaches the operating system before this returns."""
@@ -27,6 +29,21 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was torn off
+
+
+def last(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file, read from its end."""
+    if not path.is_file():
+        return None
+    tail = b""
+    with path.open("rb") as stream:
+        at = stream.seek(0, os.SEEK_END)
+        while at and tail.count(b"\n") < 2:  # its own end and that of the one before
+            at, before = max(0, at - LOOK_BYTES), at
+            stream.seek(at)
+            tail = stream.read(before - at) + tail
+    lines = tail.split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines else None
 
 
 def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:

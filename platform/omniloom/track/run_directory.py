@@ -50,7 +50,7 @@ MAY_CHANGE = (
     "manifest",
     "samples",
 )
-STOP = "stop"  # an empty file in the run directory
+STOP, SAVE = "stop", "save"  # files in the run directory: why it is to stop; that a checkpoint is wanted now
 GIT_DIFF = "git.diff"  # what the checkout's revision lacks
 MOST_DIFF_BYTES = 1 << 20
 REVISION_OF_A_JOB = "OMNILOOM_GIT_REVISION"  # whose folder travels without its history
@@ -94,7 +94,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
     jsonl.replace_text(folder / "run.json", json.dumps(asdict(record), indent=2) + "\n")
 
 
-def write_event(folder: Path, kind: str, **facts: Any) -> None:
+def write_event(folder: Path, kind: str, /, **facts: Any) -> None:
     """Append one event to a run's events.jsonl."""
     jsonl.append(folder / "events.jsonl", {"time": time.time(), "event": kind, **facts})
 
@@ -133,7 +133,6 @@ def open_run(
     The caller has claimed it, so that a run that says it is running has lost its command. Raises ConfigError where the
     run's own configuration differs in a key that may not change, with both values.
     """
-    (folder / STOP).unlink(missing_ok=True)
     if (folder / "run.json").is_file():
         record = read_record(folder)
         _refuse_changes(folder, config)
@@ -161,12 +160,19 @@ def open_run(
     record.host, record.pid, record.ray_job_id = platform.node(), os.getpid(), ray_job_id
     jsonl.replace_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_record(folder, record)  # last: a folder without it is no run yet, and a repeat starts afresh
+    for asked in (STOP, SAVE):  # by or of another command, whose ranks ask no more: `ask_to_stop` reads the record
+        (folder / asked).unlink(missing_ok=True)
     return record
 
 
-def ask_to_stop(folder: Path) -> None:
-    """Have the ranks of a run save a checkpoint after the step they are in, and end."""
-    (folder / STOP).touch()
+def ask_to_stop(folder: Path, why: str = "asked to stop", command: int | None = None) -> None:
+    """Have the ranks of a run save a checkpoint after the step they are in, and end; the first reason counts.
+
+    Ranks speak for the command that placed them, by its pid: when it is killed they are told to end too, and that is
+    not meant for the command that takes the run up again.
+    """
+    if not stop_asked(folder) and command in (None, read_record(folder).pid):
+        jsonl.replace_text(folder / STOP, why)
 
 
 def stop_asked(folder: Path) -> bool:
@@ -174,11 +180,38 @@ def stop_asked(folder: Path) -> bool:
     return (folder / STOP).exists()
 
 
-def record_failure(folder: Path, rank: int, cause: str) -> None:
-    """Write down which rank failed, where it ran, and how."""
-    starts = [event for event in jsonl.read(folder / "events.jsonl") if event["event"] == "start"]
-    where = starts[-1]["ranks"][rank] if starts and rank < len(starts[-1]["ranks"]) else {}
-    write_event(folder, "failure", rank=rank, **where, cause=cause)
+def why_stopped(folder: Path) -> str:
+    """What they said."""
+    return (folder / STOP).read_text() if stop_asked(folder) else "asked to stop"
+
+
+def take_up_stop(folder: Path, why: str) -> bool:
+    """Whether what they said begins like this; then the run goes on, as it was to stop for no more."""
+    if not why_stopped(folder).startswith(why):
+        return False
+    (folder / STOP).unlink()
+    return True
+
+
+def ask_to_save(folder: Path) -> None:
+    """Have the ranks of a run save a checkpoint after the step they are in, and go on."""
+    (folder / SAVE).touch()
+
+
+def save_asked(folder: Path) -> bool:
+    """Whether somebody asked."""
+    return (folder / SAVE).exists()
+
+
+def take_up_save(folder: Path) -> None:
+    """What is asked from now on is another one."""
+    (folder / SAVE).unlink(missing_ok=True)
+
+
+def steps_done(folder: Path) -> int:
+    """The last step that a run has recorded."""
+    last = jsonl.last(folder / "metrics.jsonl")
+    return int(last["step"]) if last else 0
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import torch
 from omniloom.data.schedule import appended, open_corpora
 from omniloom.errors import DataError
 from omniloom.model.decoder import Decoder
-from omniloom.track.run_directory import stop_asked
+from omniloom.track.run_directory import save_asked, stop_asked, take_up_save
 from omniloom.track.tracker import Tracker
-from omniloom.train import checkpoint
+from omniloom.train import checkpoint, watch
 from omniloom.train.config import TrainingRun
 from omniloom.train.debugging import Recording
 from omniloom.train.engine import Engine, shut_down
@@ -38,9 +38,11 @@ def train(run: TrainingRun) -> None:
     begin_with(model, run)
     model.activation_checkpointing = run.train.activation_checkpointing
     engine = Engine(model, run)
+    watch.reached("model")
     with ExitStack() as stack:
         stack.callback(shut_down)
         state = checkpoint.resume(engine, corpora, run.folder)
+        watch.reached("checkpoint")
         tracker = None
         where = engine.gather({"host": platform.node(), "pid": os.getpid()})
         if engine.rank == 0:
@@ -75,23 +77,28 @@ def train(run: TrainingRun) -> None:
                 batch_hash=stream.hash_of(batches),
             )
             peak = peak_memory_bytes()
-            memory, added, stop = engine.max_over_ranks([peak, peak - footprint, float(stop_asked(run.folder))])
+            asked = [float(stop_asked(run.folder)), float(save_asked(run.folder))]
+            memory, added, stop, save = engine.max_over_ranks([peak, peak - footprint, *asked])
+            watch.alive()
             line = record.line(state, result, run.optimizer.lr * share, waited_s)
             line |= {"memory_peak_bytes": int(memory), "memory_added_bytes": int(added)}
             line["batch_hash"] = state.batch_hash
             line["eta_s"] = (time.monotonic() - began) / (step - first) * (run.steps - step)
             if step % run.train.val_every == 0 or step == run.steps or step in joins:
                 line |= stream.validate()
+                watch.alive()
                 if tracker is not None:
                     line |= forgetting(run.folder, line, joined, run.train.global_batch_size)
-            saves = step % run.train.save_every == 0 or step == run.steps or stop
+            saves = step % run.train.save_every == 0 or step == run.steps or stop or save
             if saves:
+                take_up_save(run.folder)
                 line["checkpoint_s"] = saver.copy(state)
             if tracker is not None:
                 tracker.metrics(line)
             record.refuse_unsound(step, result)
             if saves:
                 saver.write()
+                watch.alive()
             saver.check()
             if stop:
                 break
