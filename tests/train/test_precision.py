@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ranks import MEDIA, TINY, row
+from tiny_rows import MEDIA, TINY, row
 from torch import Tensor, nn
 from torch.nn import functional as F
 

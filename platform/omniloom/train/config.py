@@ -89,7 +89,7 @@ SHARING = ("tensor", "pipeline", "sequence", "expert")
 class ParallelConfig:
     """How the ranks share the run: ZeRO's stage over those that see different rows, and how many share one thing.
 
-    The trainer knows ZeRO; the planner knows all of them.
+    The trainer knows ZeRO and shared experts; the planner knows all of them.
     """
 
     zero_stage: int = 1
@@ -185,6 +185,32 @@ class TrainingRun:
                 f"learned: set train.gradient_clipping=0 (it is {clipping}), or parallel.zero_stage=0"
             )
 
+    def check_sharing(self, ranks: int) -> None:
+        """Raise ConfigError where the ranks cannot share what `parallel` has them share."""
+        for name in ("tensor", "pipeline", "sequence"):
+            if getattr(self.parallel, name) > 1:
+                raise ConfigError(
+                    f"training shares rows by ZeRO and experts by parallel.expert so far, planning knows more: "
+                    f"parallel.{name}={getattr(self.parallel, name)} must be 1"
+                )
+        expert, experts, precision = self.parallel.expert, self.model.n_routed_experts, self.train.precision
+        if expert == 1:
+            return
+        if not experts or experts % expert or ranks % expert:
+            raise ConfigError(
+                f"parallel.expert={expert} must divide model.n_routed_experts={experts} and cluster.workers={ranks}"
+            )
+        if self.parallel.zero_stage == 0 and precision not in ("fp32", "bf16_autocast"):
+            raise ConfigError(
+                f"at ZeRO 0 DeepSpeed leaves shared experts out of the norm that gradients are clipped by: "
+                f"parallel.expert={expert} with train.precision={precision} needs parallel.zero_stage=1, 2 or 3"
+            )
+        if self.optimizer.kind == "muon":
+            raise ConfigError(
+                "DeepSpeed's Muon takes gradients reduced whole and shared experts scattered ones: "
+                f"parallel.expert={expert} needs optimizer.kind=adamw"
+            )
+
     def check_run(self, ranks: int) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
         self.model.check()
@@ -209,12 +235,7 @@ class TrainingRun:
         self.data.check_steps(train.global_batch_size)
         self.check_context()
         self.parallel.check()
-        for name in SHARING:
-            if getattr(self.parallel, name) > 1:
-                raise ConfigError(
-                    f"training shares a run by ZeRO alone so far, planning knows more: parallel.{name}="
-                    f"{getattr(self.parallel, name)} must be 1"
-                )
+        self.check_sharing(ranks)
         self.check_engine()
         if self.schedule.warmup_steps >= self.steps:
             raise ConfigError(

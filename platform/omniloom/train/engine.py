@@ -25,6 +25,8 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 
+from omniloom.train.parallel import gradient_norm, share_experts, whole_weights
+
 if not torch.accelerator.is_available():
     # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the few matrix
     # products of a Muon step. Here, as the compiler's own modules belong to the process and not to the model.
@@ -42,7 +44,7 @@ def deepspeed_config(run: TrainingRun, ranks: int, parameters: int) -> dict[str,
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
-        "gradient_clipping": train.gradient_clipping,
+        "gradient_clipping": 0.0 if _clips_here(run) else train.gradient_clipping,
         # Muon multiplies whole matrices: at stage 3 DeepSpeed takes it only with gradients reduced whole.
         "zero_optimization": {
             "stage": run.parallel.zero_stage,
@@ -56,6 +58,11 @@ def deepspeed_config(run: TrainingRun, ranks: int, parameters: int) -> dict[str,
     }
 
 
+def _clips_here(run: TrainingRun) -> bool:
+    """DeepSpeed keeps no norm of these gradients, and clips those of shared experts by a mean of the ranks' norms."""
+    return run.parallel.zero_stage == 0 and run.train.precision in FP32_PARAMETERS
+
+
 class Engine:
     """A DeepSpeed engine with what the training step needs of it."""
 
@@ -65,6 +72,7 @@ class Engine:
         self.float8 = convert_to_float8(module) if precision == "fp8" else []  # names of modules
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        share_experts(module, run.parallel.expert, run.parallel.zero_stage)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(module, run.optimizer),
@@ -77,10 +85,9 @@ class Engine:
         self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
         self.device: torch.device = self._engine.device
         self.module = module
-        # The gradients' norm is ours to take where DeepSpeed keeps none.
-        self._clip_here = self.zero_stage == 0 and precision in FP32_PARAMETERS
+        self._clips_here, self._clipping = _clips_here(run), run.train.gradient_clipping
         self._scales_loss = precision == "fp16"
-        if self.zero_stage == 0 and not self._clip_here:
+        if self.zero_stage == 0 and not self._clips_here:
             # DeepSpeed has taken a step of zero gradients to make the optimizer's state: Adam would count it.
             self._engine.optimizer.state.clear()
 
@@ -103,9 +110,10 @@ class Engine:
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate_share
         norm = None
-        if self._clip_here:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clips_here:
+            norm = gradient_norm(self.module.parameters())
+            if self._clipping:
+                torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clipping, norm)
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return float(norm)
@@ -143,10 +151,13 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's weights; all ranks call it, rank 0 gets them."""
-        if self.zero_stage == 3:
-            gathered = self._engine._zero3_consolidated_16bit_state_dict()
-            return gathered or {}
-        return dict(self.module.state_dict())
+        sharded = self._engine.optimizer if self.zero_stage == 3 else None
+        if sharded is not None:
+            sharded.checkpoint_event_prologue()
+        weights = whole_weights(self.module)
+        if sharded is not None:
+            sharded.checkpoint_event_epilogue()
+        return weights
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum `values` over all ranks, in place."""
