@@ -25,7 +25,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 
-from omniloom.train.parallel import gradient_norm, share_experts, whole_weights
+from omniloom.train.parallel import gradient_norm, share_experts, share_rows, whole_weights
 
 if not torch.accelerator.is_available():
     # On CPU compiling takes most of a minute at every start, for the collectives in shared memory as for the few matrix
@@ -41,9 +41,10 @@ def deepspeed_config(run: TrainingRun, ranks: int, parameters: int) -> dict[str,
     train = run.train
     bucket = min(run.parallel.bucket_numbers, parameters + parameters % 2)  # DeepSpeed allocates whole ones, even ones
     return {
-        "train_batch_size": train.global_batch_size,
+        # It takes ranks that share rows for ranks with rows of their own: each has its tokens' gradients.
+        "train_batch_size": train.global_batch_size * run.parallel.sequence,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
+        "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks // run.parallel.sequence),
         "gradient_clipping": 0.0 if _clips_here(run) else train.gradient_clipping,
         # Muon multiplies whole matrices: at stage 3 DeepSpeed takes it only with gradients reduced whole.
         "zero_optimization": {
@@ -72,6 +73,8 @@ class Engine:
         self.float8 = convert_to_float8(module) if precision == "fp8" else []  # names of modules
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.rows = share_rows(module, run.parallel.sequence)
+        self.replicas, self.replica = self.ranks // self.rows.parts, self.rank // self.rows.parts  # by their rows
         share_experts(module, run.parallel.expert, run.parallel.zero_stage)
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -82,7 +85,7 @@ class Engine:
         # Muon's groups have a rate of their own.
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.zero_stage = run.parallel.zero_stage
-        self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
+        self.accumulation = run.train.gradient_accumulation_steps(self.replicas)
         self.device: torch.device = self._engine.device
         self.module = module
         self._clips_here, self._clipping = _clips_here(run), run.train.gradient_clipping

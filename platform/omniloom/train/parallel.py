@@ -1,10 +1,14 @@
-"""Ranks that share one model's experts: who they are, and what they tell each other.
+"""Ranks that share one model's experts, or each row's tokens: who they are, and what they tell each other.
 
-Of E routed experts rank r of a group of P holds [r·E/P, (r + 1)·E/P) of every layer; rows go to the rank of their
-expert and come back. DeepSpeed's own layer (AutoEP) would bring its own router, which groups, steers and counts
+Experts: of E routed experts rank r of a group of P holds [r·E/P, (r + 1)·E/P) of every layer; rows go to the rank of
+their expert and come back. DeepSpeed's own layer (AutoEP) would bring its own router, which groups, steers and counts
 otherwise than ours: of DeepSpeed are the process groups, and the sharding of parameters that only some ranks hold.
 
-N rows, D model width, E experts of all ranks, L of one, P ranks of a group.
+Rows: each rank of a group of P computes T/P of each row's tokens, and attention for H/P heads of all T (Ulysses: Jacobs
+et al. 2023). Embeddings, convolution and media are computed of whole rows, as their cost is small and their reach is
+not. To DeepSpeed these ranks are like any others: gradients are summed over all.
+
+N rows of experts, D model width, E experts of all ranks, L of one, P ranks of a group, B batch, T tokens, H heads.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +22,12 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from omniloom.model.attention import GroupedAttention, attend
+from omniloom.model.config import ModelConfig
+from omniloom.model.decoder import Decoder
+from omniloom.model.mla import LatentAttention
 from omniloom.model.moe import Experts
+from omniloom.model.position import WHOLE_ROWS, Places, Rows
 
 
 class _Mark(MoE):
@@ -81,6 +90,57 @@ def exchange(
     out_ND = networks(arrived_ND[order], received_PL.sum(0))
     back_ND = torch.zeros_like(out_ND).index_copy(0, order, out_ND)
     return all_to_all_single_autograd(back_ND, sent, received, group)
+
+
+class SharedRows(Rows):
+    """This rank's part of each row."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.part, self.parts = dist.get_rank(group), dist.get_world_size(group)
+
+    def total(self, part_sum: Tensor) -> Tensor:
+        dist.all_reduce(part_sum, group=self._group)
+        return part_sum
+
+
+def share_rows(module: nn.Module, ranks: int) -> Rows:
+    """Let this rank compute its part of each row's tokens, in place; a group's ranks follow each other."""
+    if ranks == 1:
+        return WHOLE_ROWS
+    group, _ = dist.new_subgroups(ranks)
+    rows = SharedRows(group)
+    for part in module.modules():
+        if isinstance(part, Decoder):
+            part.rows = rows
+        elif isinstance(part, GroupedAttention | LatentAttention):
+            part.attend = partial(attend_by_heads, group=group)
+    return rows
+
+
+def attend_by_heads(
+    query_BTHd: Tensor,
+    key_BTKd: Tensor,
+    value_BTKv: Tensor,
+    places: Places,
+    scale: float,
+    config: ModelConfig,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`attend` for a part of the tokens: it is done for all tokens and a part of the heads; (B, T/P, H, v)."""
+    ranks, heads, key_heads = dist.get_world_size(group), query_BTHd.shape[2], key_BTKd.shape[2]
+    if key_heads % ranks:  # each rank needs the keys that its queries' heads share
+        key_BTKd, value_BTKv = (x.repeat_interleave(heads // key_heads, dim=2) for x in (key_BTKd, value_BTKv))
+    query, key, value = (_swap(x, 2, 1, group) for x in (query_BTHd, key_BTKd, value_BTKv))
+    return _swap(attend(query, key, value, places, scale, config), 1, 2, group)
+
+
+def _swap(x_BTHd: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
+    """Send each rank its part of one dimension, and join what comes along another."""
+    ranks = dist.get_world_size(group)
+    sent = torch.stack(x_BTHd.chunk(ranks, dim=split))
+    arrived = all_to_all_single_autograd(sent, [1] * ranks, [1] * ranks, group)
+    return torch.cat(arrived.unbind(), dim=join)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

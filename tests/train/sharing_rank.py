@@ -1,8 +1,9 @@
-"""One rank that trains a tiny mixture of experts, for test_expert_parallel.py: RANK and WORLD_SIZE say which."""
+"""One rank that trains a tiny model whose experts or rows ranks share: RANK and WORLD_SIZE say which."""
 
 import faulthandler
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from omniloom.data.loader import Batch
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 from omniloom.model.moe import Experts
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import OptimizerConfig, ParallelConfig, TrainConfig, TrainingRun
 
 ROWS, STEPS = 4, 50
 PATIENCE_S = 1000  # a collective waits half an hour: a rank that hangs ends itself
-MODEL = ModelConfig(**vars(TINY) | {"n_routed_experts": 8, "initializer_range": 0.1})
+MODEL = ModelConfig(**vars(TINY) | {"n_routed_experts": 8, "num_attention_heads": 4, "initializer_range": 0.1})
+Answer = dict[str, Any]
 SOURCES = torch.tensor([1.0, 0.5])
 # Which media a row holds, by row and step: no medium is always on one rank.
 KINDS = [("image",), (), ("audio", "video"), ("video",), MEDIA]
@@ -26,10 +28,11 @@ KINDS = [("image",), (), ("audio", "video"), ("video",), MEDIA]
 DESCENT = OptimizerConfig(lr=1e4, eps=1e4, beta1=0.0, beta2=0.0, weight_decay=0.0)
 
 
-def train(
-    zero_stage: int, expert: int, precision: str, optimizer: OptimizerConfig, steps: int, clipping: float = 1.0
-) -> dict[str, Any]:
-    """Losses and norms of every step, and the weights at the end; the rows repeat every fifth step."""
+def train(zero_stage: int, do: str, steps: int = STEPS, expert: int = 1, sequence: int = 1, **changes: Any) -> Answer:
+    """Losses and norms of every step, and the weights at the end; the rows repeat every fifth step.
+
+    `do` is train, or descend: one step of gradient descent.
+    """
     import omniloom.train.engine as engines
     from omniloom.train.step import training_step
 
@@ -42,11 +45,12 @@ def train(
         return answer
 
     engines.deepspeed_config = partitioned
-    config = TrainConfig(
-        steps=steps, global_batch_size=ROWS, micro_batch_size=1, precision=precision, gradient_clipping=clipping
-    )
+    descends = do == "descend"
+    steps, clipping = (1, 0.0) if descends else (steps, 1.0)
+    config = TrainConfig(steps=steps, global_batch_size=ROWS, micro_batch_size=1, gradient_clipping=clipping, **changes)
+    optimizer = DESCENT if descends else OptimizerConfig(lr=1e-2, eps=1e-4)
     run = TrainingRun(model=MODEL, train=config, optimizer=optimizer)
-    run.parallel.zero_stage, run.parallel.expert = zero_stage, expert
+    run.parallel = ParallelConfig(zero_stage=zero_stage, expert=expert, sequence=sequence)
     torch.manual_seed(0)
     model = Decoder(MODEL)
     engine = engines.Engine(model, run)
@@ -54,21 +58,53 @@ def train(
     told, counts = [], torch.zeros(2, MODEL.n_routed_experts)
     for step in range(steps):
         rows = [row(KINDS[(step + i) % len(KINDS)], 10 * (step % 5) + i) for i in range(ROWS)]
-        share = ROWS // engine.ranks
-        mine = [Batch([row]) for row in rows[engine.rank * share : (engine.rank + 1) * share]]
+        share = ROWS // engine.replicas
+        mine = [Batch([row]) for row in rows[engine.replica * share : (engine.replica + 1) * share]]
         result = training_step(engine, model, mine, SOURCES, run.train, 1.0)
-        told.append([result.next_token, result.mtp, result.balance, result.grad_norm])
+        told.append([result.next_token, result.mtp, result.balance, result.grad_norm, result.tokens])
         counts += result.tokens_per_expert_LE
     held = sum(p.numel() for part in model.modules() if isinstance(part, Experts) for p in part.parameters())
     weights = {name: tensor.float() for name, tensor in engine.weights().items()}
     return {"told": told, "weights": weights, "counts": counts, "held": held}
 
 
-def dispatch(expert: int) -> dict[str, tuple[torch.Tensor, ...]]:
+def attention(sequence: int) -> Answer:
+    """Attention of shared rows in every pattern, full heads of keys and few, against that of whole rows."""
+    from omniloom.model.attention import attend
+    from omniloom.model.position import find_places
+    from omniloom.train.parallel import attend_by_heads, share_rows
+
+    rows, answer = share_rows(torch.nn.Identity(), sequence), {}
+    document = torch.tensor([[0] * 5 + [1] * 9 + [-1] * 2, [0] * 16])
+    modality = torch.zeros_like(document)
+    modality[1, 5:9] = 1
+    position = torch.zeros(2, 16, 3, dtype=torch.int32)
+    position[1, 5:9, 2] = torch.arange(4)
+    for pattern, key_heads in product(("full", "sparse", "linear"), (4, 2, 1)):
+        sizes = {"attention_pattern": pattern, "window_tokens": 4, "global_stride": 2, "media_bidirectional": True}
+        config = ModelConfig(**vars(MODEL) | sizes)
+        places = find_places(document, modality, position, config)
+        torch.manual_seed(0)
+        inputs = [torch.randn(2, 16, heads, 8) for heads in (4, key_heads, key_heads)]
+        upstream = torch.randn(2, 16, 4, 8)
+        whole = [x.clone().requires_grad_() for x in inputs]
+        parts = [rows.cut(x).clone().requires_grad_() for x in inputs]
+        expected = attend(*whole, places, 0.3, config)
+        expected.backward(upstream)
+        out = attend_by_heads(*parts, places, 0.3, config, group=rows._group)
+        out.backward(rows.cut(upstream))
+        torch.testing.assert_close(out, rows.cut(expected), rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(parts, whole, strict=True):
+            torch.testing.assert_close(ours.grad, rows.cut(theirs.grad), rtol=1e-4, atol=1e-5)
+        answer[f"{pattern} {key_heads}"] = out.detach()
+    return answer
+
+
+def dispatch(expert: int) -> Answer:
     """Shared experts on rows that all want the first expert, one rank's experts, or none, against all experts here."""
     from omniloom.train.parallel import share_experts, whole_weights
 
-    answer: dict[str, tuple[torch.Tensor, ...]] = {}
+    answer: Answer = {}
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for case, (tokens, last) in {"even": (7, 8), "uneven": (3 + 5 * rank, 3), "one": (4, 1), "none": (0, 8)}.items():
         torch.manual_seed(1)
@@ -114,15 +150,11 @@ def main(folder: str, cases: list[dict[str, Any]]) -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     answers = []
     for case in cases:
-        if case["do"] == "dispatch":
-            answers.append(dispatch(case["expert"]))
-            continue
-        optimizer = DESCENT if case["do"] == "descend" else OptimizerConfig(lr=1e-2, eps=1e-4)
-        steps = 1 if case["do"] == "descend" else case.get("steps", STEPS)
-        clipping = 0.0 if case["do"] == "descend" else 1.0
-        answers.append(
-            train(case["zero_stage"], case["expert"], case.get("precision", "fp32"), optimizer, steps, clipping)
-        )
+        does = {"dispatch": dispatch, "attention": attention}
+        if case["do"] in does:
+            answers.append(does[case["do"]](**{key: value for key, value in case.items() if key != "do"}))
+        else:
+            answers.append(train(**case))
     if dist.get_rank() == 0:
         torch.save(answers, Path(folder, f"{dist.get_world_size()}.pt"))
     dist.barrier()
