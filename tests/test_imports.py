@@ -31,7 +31,7 @@ LAST_ROW = {"settings", "planning", "compose", "overrides", "cli", "__init__", "
 FENCES = {
     "hydra": {"compose.py", "overrides.py", "cli.py"},
     "ray": {"cluster/", "serve/", "data/", "posttrain/", "evaluation/"},
-    "deepspeed": {"train/engine.py", "train/fragments.py"},
+    "deepspeed": {"train/engine.py", "train/fragments.py", "train/parallel.py"},
     "wandb": {"track/wandb_tracker.py"},
     "lm_eval": {"evaluation/"},
 }

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from test_ranks import MEDIA, TINY, row
+from tiny_rows import MEDIA, TINY, row
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-from test_ranks import TINY
+from tiny_rows import TINY
 
 from omniloom.data.config import DataConfig
 from omniloom.data.corpus import Corpus

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_step
 import torch
-from test_ranks import SEQ_LEN, TINY, WIDTHS, segment, text
+from tiny_rows import SEQ_LEN, TINY, WIDTHS, segment, text
 from torch import Tensor
 
 from omniloom.data.loader import Batch

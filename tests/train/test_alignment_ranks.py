@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_ranks import SEQ_LEN, TINY, WIDTHS, segment, text
+from tiny_rows import SEQ_LEN, TINY, WIDTHS, segment, text
 
 from omniloom.modality.sequence import Row, lay_row, weave
 from omniloom.train.config import AlignConfig, OptimizerConfig, TrainConfig, TrainingRun

@@ -186,7 +186,7 @@ def test_the_flight_recorders_variables_are_this_torchs(tmp_path: Path) -> None:
 def wait_in_vain() -> dict[str, Any]:
     """Rank 1 sleeps instead of the second sum: in the whole world's group, and in DeepSpeed's own."""
     import torch.distributed as dist
-    from test_ranks import TINY
+    from tiny_rows import TINY
 
     run = TrainingRun(model=TINY, train=TrainConfig(steps=1, global_batch_size=2, micro_batch_size=1))
     run.debug.collective_timeout_s = WAIT_S

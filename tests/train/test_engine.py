@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_ranks import engine_of, start_ranks, take_step
-from test_ranks import MEDIA, TINY, row
+from tiny_rows import MEDIA, TINY, row
 from torch import Tensor, nn
 
 from omniloom.model.decoder import Decoder

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ranks import MEDIA, TINY, row
+from tiny_rows import MEDIA, TINY, row
 from torch import Tensor
 
 from omniloom.data.loader import Batch

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ranks import MEDIA, row
 from test_step import WEIGHTS, OneRank, batches, decoder
+from tiny_rows import MEDIA, row
 
 from omniloom.data.loader import Batch
 from omniloom.errors import ConfigError, DataError

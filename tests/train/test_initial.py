@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ranks import TINY
+from tiny_rows import TINY
 
 from omniloom.data.corpus import TOKENIZER
 from omniloom.data.index import file_sha256

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from test_alignment import OneRank, batches, decoder
-from test_ranks import WIDTHS
 from test_step import WEIGHTS, literal_loss, rows_of_pieces
 from test_step import batches as batches_of_sources
 from test_step import decoder as decoder_of_depth
+from tiny_rows import WIDTHS
 from torch import Tensor
 
 from omniloom.modality.batch import MODEL_INPUTS, stack_rows

@@ -9,7 +9,7 @@ from engine_ranks import engine_of, on_ranks, take_step
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from test_ranks import MEDIA, TINY, row
+from tiny_rows import MEDIA, TINY, row
 
 from conftest import REPOSITORY
 from omniloom.errors import ConfigError

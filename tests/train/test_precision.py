@@ -17,7 +17,7 @@ import pytest
 import torch
 from saved_engines import SIZES, exact_product, resume_engine, save_engine
 from small_run import train_here, words_run
-from test_ranks import MEDIA, row
+from tiny_rows import MEDIA, row
 from torch import Tensor, nn
 
 from omniloom.data.loader import Batch

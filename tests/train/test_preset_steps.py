@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_ranks import MEDIA, WIDTHS, segment, text
 from test_step import OneRank
+from tiny_rows import MEDIA, WIDTHS, segment, text
 
 from conftest import REPOSITORY
 from omniloom.data.loader import Batch

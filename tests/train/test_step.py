@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_ranks import SEQ_LEN, TINY, WIDTHS, document
+from tiny_rows import SEQ_LEN, TINY, WIDTHS, document
 from torch import Tensor
 
 from omniloom.data.loader import Batch

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from engine_ranks import engine_of, start_ranks, take_step
-from test_ranks import MEDIA, TINY, row
+from tiny_rows import MEDIA, TINY, row
 
 from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
 from omniloom.train.schedule import ScheduleConfig, rate_share

@@ -4,6 +4,8 @@ B batch, T tokens, H heads, K heads of keys and values, d head width, v value wi
 width, R rotary width, C tokens of a chunk.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +38,7 @@ class GroupedAttention(nn.Module):
         self.v_proj = nn.Linear(model, self.key_value_heads * self.width, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.width, model, bias=bias)
         self.scale = self.width**-0.5
+        self.attend: Callable[..., Tensor] = attend  # training may gather tokens that ranks share here
 
     def project(self, hidden_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, d), keys and values (B, T, K, d), turned to their places."""
@@ -47,7 +50,7 @@ class GroupedAttention(nn.Module):
         return scaled(query, places.query_scale_BT), key, value
 
     def forward(self, hidden_BTD: Tensor, places: Places) -> Tensor:
-        attended = attend(*self.project(hidden_BTD, places), places, self.scale, self.config)
+        attended = self.attend(*self.project(hidden_BTD, places), places, self.scale, self.config)
         return self.o_proj(attended.flatten(-2))
 
     def _turn(self, x_BTHd: Tensor, table: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from omniloom.model.layers import MLP, LocalConvolution, SwiGLU, initialise, nor
 from omniloom.model.mla import LatentAttention
 from omniloom.model.moe import MixtureOfExperts, RouterOutput
 from omniloom.model.mtp import Junction, tokens_ahead
-from omniloom.model.position import Places, axial_encoding, find_places
+from omniloom.model.position import WHOLE_ROWS, Places, axial_encoding, cut_places, find_places
 
 
 class Output(NamedTuple):
     """What one forward pass gives."""
 
-    hidden: Tensor  # (B, T, D), after the final norm
+    hidden: Tensor  # (B, T, D), after the final norm; where ranks share rows, of this rank's tokens
     logits: Tensor | None  # (M, V) where asked for
     mtp: tuple[Tensor, ...]  # logits (M_k, V) of each multi-token-prediction module that was asked
     router: tuple[RouterOutput, ...]  # one per mixture-of-experts layer, in order, the modules' last
@@ -89,6 +89,7 @@ class Decoder(nn.Module):
         config.check()
         self.config = config
         self.activation_checkpointing = False  # training may keep each layer's input alone
+        self.rows = WHOLE_ROWS  # training may share each row's tokens among ranks
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.position == "learned" else None
@@ -123,7 +124,8 @@ class Decoder(nn.Module):
         input_ids, modality, document (B, T); position (B, T, 3); image and video uint8 (N, patch² · 3), audio float16
         (frames, mels) with audio_frames (clips,), each in order of appearance. Logits are computed only where
         `predict_at`, bool (B, T), is set: (M, V) in row-major order of those positions; `predict_ahead_at` holds one
-        such mask for each multi-token-prediction module to run.
+        such mask for each multi-token-prediction module to run. Where ranks share rows, each is handed whole ones, and
+        computes what follows the embeddings for its own tokens.
         """
         if len(predict_ahead_at) > len(self.mtp):
             raise ConfigError(
@@ -134,20 +136,21 @@ class Decoder(nn.Module):
         embedded_BTD = self.media(embedded_BTD, modality, position, image, audio, audio_frames, video)
         if self.embed_convolution is not None:
             embedded_BTD = self.embed_convolution(embedded_BTD, places.index_BT)
-        hidden_BTD, routers = self._add_positions(embedded_BTD, places.index_BT), []
+        hidden_BTD, routers = self.rows.cut(self._add_positions(embedded_BTD, places.index_BT)), []
+        places = cut_places(places, self.rows)
         for layer in self.layers:
             hidden_BTD, router = self._run(layer, hidden_BTD, places)
             routers.append(router)
         hidden_BTD = self.norm(hidden_BTD)
-        logits_MV = None if predict_at is None else self.lm_head(hidden_BTD[predict_at])
+        logits_MV = None if predict_at is None else self.lm_head(hidden_BTD[self.rows.cut(predict_at)])
 
         # One way only: a picture's last token already carries the embedding of the text that follows it.
         places = places._replace(spans=[[]] * len(places.lengths))
         ahead_BTD, mtp = hidden_BTD, []
         for depth, at_BT in enumerate(predict_ahead_at, start=1):
-            next_BTD = tokens_ahead(embedded_BTD, document, depth)
+            next_BTD = self.rows.cut(tokens_ahead(embedded_BTD, document, depth))
             ahead_BTD, router = self._run(self.mtp[depth - 1], ahead_BTD, next_BTD, places)
-            mtp.append(self.lm_head(ahead_BTD[at_BT]))
+            mtp.append(self.lm_head(ahead_BTD[self.rows.cut(at_BT)]))
             routers.append(router)
         return Output(hidden_BTD, logits_MV, tuple(mtp), tuple(router for router in routers if router is not None))
 

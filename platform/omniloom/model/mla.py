@@ -3,6 +3,8 @@
 B batch, T tokens, S cached tokens, D model width, H heads, C latent width; nope, rope and v are widths of one head.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,10 +48,11 @@ class LatentAttention(nn.Module):
         self.scale = (self.nope + self.rope) ** -0.5
         if config.yarn_factor is not None and config.yarn_mscale_all_dim is not None:
             self.scale *= yarn_mscale(config.yarn_factor, config.yarn_mscale_all_dim) ** 2
+        self.attend: Callable[..., Tensor] = attend  # training may gather tokens that ranks share here
 
     def forward(self, hidden_BTD: Tensor, places: Places) -> Tensor:
         """The training form: keys and values of every head."""
-        attended = attend(*self.project(hidden_BTD, places), places, self.scale, self.config)
+        attended = self.attend(*self.project(hidden_BTD, places), places, self.scale, self.config)
         return self.o_proj(attended.flatten(-2))
 
     def project(self, hidden_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,30 +72,41 @@ def best_groups_only(steered_NE: Tensor, groups: int, kept: int) -> Tensor:
     return grouped_NGE.masked_fill(~best_NG[..., None], -torch.inf).flatten(1)
 
 
+def apply_here(networks: Callable[[Tensor, Tensor], Tensor], sorted_ND: Tensor, rows_E: Tensor) -> Tensor:
+    """What a rank does that holds all experts: apply them to rows sorted by expert, `rows_E` of each."""
+    return networks(sorted_ND, rows_E)
+
+
 class Experts(nn.Module):
     """E SwiGLU networks as two grouped matrix products over tokens sorted by expert; no token is dropped."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_EDF = nn.Parameter(torch.empty(experts, width, 2 * inner))
-        self.down_EFD = nn.Parameter(torch.empty(experts, inner, width))
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.number = config.n_routed_experts  # of all ranks together
+        self.gate_up_EDF = nn.Parameter(torch.empty(self.number, width, 2 * inner))
+        self.down_EFD = nn.Parameter(torch.empty(self.number, inner, width))
         self.product: Callable[..., Tensor] = F.grouped_mm  # training may put one in float8 here
+        self.dispatch: Callable[..., Tensor] = apply_here  # training may send the rows to other ranks here, and back
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it knows grouped products in bf16 alone
     def forward(self, hidden_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
-        experts, choices = self.gate_up_EDF.shape[0], chosen_NK.shape[1]
+        choices = chosen_NK.shape[1]
         order = chosen_NK.flatten().argsort(stable=True)  # choices sorted by expert
         token = order // choices
-        ends_E = chosen_NK.flatten().bincount(minlength=experts).cumsum(0).to(torch.int32)
+        rows_E = chosen_NK.flatten().bincount(minlength=self.number)
         # Autocast does not know grouped products.
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-        sorted_ND = hidden_ND[token].to(dtype)
-        gate, up = self.product(sorted_ND, self.gate_up_EDF.to(dtype), offs=ends_E).chunk(2, dim=-1)
-        expert_out = self.product(F.silu(gate) * up, self.down_EFD.to(dtype), offs=ends_E)
+        expert_out = self.dispatch(self.networks, hidden_ND[token].to(dtype), rows_E)
         weighted = expert_out * gates_NK.flatten()[order, None].to(expert_out.dtype)
         return torch.zeros_like(hidden_ND).index_add(0, token, weighted.to(hidden_ND.dtype))
+
+    def networks(self, sorted_ND: Tensor, rows_E: Tensor) -> Tensor:
+        """SwiGLU of each row by the expert whose rows it stands among; (N, D), sorted by expert."""
+        ends_E, dtype = rows_E.cumsum(0).to(torch.int32), sorted_ND.dtype
+        gate, up = self.product(sorted_ND, self.gate_up_EDF.to(dtype), offs=ends_E).chunk(2, dim=-1)
+        return self.product(F.silu(gate) * up, self.down_EFD.to(dtype), offs=ends_E)
 
 
 class MixtureOfExperts(nn.Module):

@@ -17,8 +17,26 @@ IMAGE, AUDIO, VIDEO = 1, 2, 3  # ids of the modalities in the unified sequence
 Span = tuple[int, int]  # first token and one past the last, within a document
 
 
+class Rows:
+    """Which of each row's tokens are computed here: all of them, unless training shares rows among ranks."""
+
+    part, parts = 0, 1
+
+    def cut(self, x_BT: Tensor) -> Tensor:
+        """The columns of the tokens that are computed here."""
+        return x_BT.chunk(self.parts, dim=1)[self.part]
+
+    def total(self, part_sum: Tensor) -> Tensor:
+        """The sum over all parts of what carries no gradient."""
+        return part_sum
+
+
+WHOLE_ROWS = Rows()
+
+
 class Places(NamedTuple):
-    """What every layer must know of the tokens' places in packed rows."""
+    """What every layer must know of the tokens' places in packed rows; of whole rows, or of the tokens computed here
+    but for `lengths` and `spans`."""
 
     index_BT: Tensor  # int64, of each token in its own document; 0 in padding
     lengths: list[int]  # of the documents, row after row; padding counts as one
@@ -26,6 +44,16 @@ class Places(NamedTuple):
     rope: Tensor | None  # complex64 (B, T, 1, R/2)
     query_scale_BT: Tensor | None  # float32, log-scaled attention
     is_token_BT: Tensor  # padding is none
+
+
+def cut_places(places: Places, rows: Rows) -> Places:
+    """Those of the tokens that are computed here; attention still goes by whole documents."""
+    return places._replace(
+        index_BT=rows.cut(places.index_BT),
+        rope=None if places.rope is None else rows.cut(places.rope),
+        query_scale_BT=None if places.query_scale_BT is None else rows.cut(places.query_scale_BT),
+        is_token_BT=rows.cut(places.is_token_BT),
+    )
 
 
 def find_places(document_BT: Tensor, modality_BT: Tensor, position_BT3: Tensor, config: ModelConfig) -> Places:

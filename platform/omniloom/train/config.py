@@ -59,7 +59,7 @@ class TrainConfig:
                 raise ConfigError(f"train.{key}={getattr(self, key)} must be a number of at least 0")
 
     def gradient_accumulation_steps(self, ranks: int) -> int:
-        """Micro batches of one rank in one optimizer step."""
+        """Micro batches of one rank in one optimizer step, where so many ranks see different rows."""
         return self.global_batch_size // (self.micro_batch_size * ranks)
 
 
@@ -143,7 +143,7 @@ class OffloadConfig:
 class ParallelConfig:
     """How the ranks share the run: ZeRO's stage over those that see different rows, and how many share one thing.
 
-    The trainer knows ZeRO; the planner knows all of them.
+    The trainer knows ZeRO, shared experts and shared rows; the planner knows all of them.
     """
 
     zero_stage: int = 1
@@ -351,6 +351,41 @@ class TrainingRun:
         """Raise ConfigError for what DeepSpeed does not do."""
         refuse_contradictions(self)
 
+    def check_sharing(self, ranks: int) -> None:
+        """Raise ConfigError where the ranks cannot share what `parallel` has them share."""
+        for name in ("tensor", "pipeline"):
+            if getattr(self.parallel, name) > 1:
+                raise ConfigError(
+                    "training shares by ZeRO, parallel.sequence and parallel.expert so far, planning knows more: "
+                    f"parallel.{name}={getattr(self.parallel, name)} must be 1"
+                )
+        sequence, heads = self.parallel.sequence, self.model.num_attention_heads
+        if ranks % sequence or heads % sequence:
+            raise ConfigError(
+                f"parallel.sequence={sequence} must divide cluster.workers={ranks} and "
+                f"model.num_attention_heads={heads}"
+            )
+        for seq_len in (self.data.seq_len, *(phase.seq_len or 0 for phase in self.data.phases)):
+            if seq_len % sequence:
+                raise ConfigError(f"parallel.sequence={sequence} must divide rows of data.seq_len={seq_len} tokens")
+        expert, experts, precision = self.parallel.expert, self.model.n_routed_experts, self.train.precision
+        if expert == 1:
+            return
+        if not experts or experts % expert or ranks % expert:
+            raise ConfigError(
+                f"parallel.expert={expert} must divide model.n_routed_experts={experts} and cluster.workers={ranks}"
+            )
+        if self.parallel.zero_stage == 0 and precision not in ("fp32", "bf16_autocast"):
+            raise ConfigError(
+                f"at ZeRO 0 DeepSpeed leaves shared experts out of the norm that gradients are clipped by: "
+                f"parallel.expert={expert} with train.precision={precision} needs parallel.zero_stage=1, 2 or 3"
+            )
+        if self.optimizer.kind == "muon":
+            raise ConfigError(
+                "DeepSpeed's Muon takes gradients reduced whole and shared experts scattered ones: "
+                f"parallel.expert={expert} needs optimizer.kind=adamw"
+            )
+
     def check_run(self, ranks: int) -> None:
         """Raise ConfigError for every contradiction that can be seen before anything starts."""
         self.model.check()
@@ -366,22 +401,20 @@ class TrainingRun:
             raise ConfigError(
                 f"say how long: exactly one of train.steps={train.steps} and train.tokens={train.tokens} must be set"
             )
-        if train.global_batch_size % (train.micro_batch_size * ranks):
+        sequence = self.parallel.sequence
+        if train.global_batch_size * sequence % (train.micro_batch_size * ranks):
+            shared = f" / parallel.sequence={sequence}" if sequence > 1 else ""
             raise ConfigError(
                 f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
-                f"{train.micro_batch_size} × cluster.workers={ranks} = {train.micro_batch_size * ranks}"
+                f"{train.micro_batch_size} × cluster.workers={ranks}{shared} = "
+                f"{train.micro_batch_size * ranks // sequence}"
             )
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must not be negative")
         self.data.check_steps(train.global_batch_size)
         self.check_context()
         self.parallel.check()
-        for name in SHARING:
-            if getattr(self.parallel, name) > 1:
-                raise ConfigError(
-                    f"training shares a run by ZeRO alone so far, planning knows more: parallel.{name}="
-                    f"{getattr(self.parallel, name)} must be 1"
-                )
+        self.check_sharing(ranks)
         self.check_engine()
         self.optimizer.check()
         self.schedule.check(self.steps)
@@ -448,8 +481,10 @@ class TrainingRun:
     def batch_terms(self, ranks: int) -> str:
         """The three terms and what follows from them, for the first lines of a run."""
         train, tokens = self.train, self.tokens_per_step
+        replicas = ranks // self.parallel.sequence
+        shared = f" / {self.parallel.sequence} that share rows" if replicas < ranks else ""
         return (
             f"global_batch_size {train.global_batch_size} = micro_batch_size {train.micro_batch_size} × "
-            f"{ranks} ranks × gradient_accumulation_steps {train.gradient_accumulation_steps(ranks)}; "
+            f"{ranks} ranks{shared} × gradient_accumulation_steps {train.gradient_accumulation_steps(replicas)}; "
             f"{tokens:,} tokens a step, {self.steps:,} steps, {self.steps * tokens:,} tokens"
         )

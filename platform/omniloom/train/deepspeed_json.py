@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from omniloom.train.config import OffloadConfig, OptimizerConfig, TrainingRun
 
 OPTIMIZERS = ("adamw", "sgd", "muon")
+FP32_PARAMETERS = ("fp32", "bf16_autocast")
 OFFLOADS = ("none", "cpu", "nvme")
 
 
@@ -18,16 +19,22 @@ def deepspeed_config(run: "TrainingRun", ranks: int, parameters: int) -> dict[st
     """DeepSpeed's configuration of a run whose model has so many parameters."""
     train = run.train
     return {
-        "train_batch_size": train.global_batch_size,
+        # It takes ranks that share rows for ranks with rows of their own: each has its tokens' gradients.
+        "train_batch_size": train.global_batch_size * run.parallel.sequence,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks),
-        "gradient_clipping": train.gradient_clipping,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps(ranks // run.parallel.sequence),
+        "gradient_clipping": 0.0 if clips_here(run) else train.gradient_clipping,
         "zero_optimization": _zero(run, parameters),
         **_precision(train.precision),
         "optimizer": _optimizer(run.optimizer),
         "zero_allow_untested_optimizer": run.optimizer.kind == "sgd",  # tested here: tests/train/test_engine.py
         "steps_per_print": 1 << 62,  # our own tracker reports
     }
+
+
+def clips_here(run: "TrainingRun") -> bool:
+    """DeepSpeed keeps no norm of these gradients, and clips those of shared experts by a mean of the ranks' norms."""
+    return run.parallel.zero_stage == 0 and run.train.precision in FP32_PARAMETERS
 
 
 def _zero(run: "TrainingRun", parameters: int) -> dict[str, Any]:

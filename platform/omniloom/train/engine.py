@@ -15,9 +15,9 @@ from omniloom.errors import ConfigError
 from omniloom.model.decoder import Layer
 from omniloom.train.config import ParallelConfig, TrainingRun
 from omniloom.train.debugging import set_collective_timeout
-from omniloom.train.deepspeed_json import deepspeed_config
+from omniloom.train.deepspeed_json import clips_here, deepspeed_config
 from omniloom.train.optimizer import parameter_groups
-from omniloom.train.precision import FP32_PARAMETERS, convert_to_float8, refuse_unless_possible
+from omniloom.train.precision import convert_to_float8, refuse_unless_possible
 from omniloom.train.timing import Clock
 
 if not torch.accelerator.is_available():
@@ -30,6 +30,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from omniloom.train import fragments
 from omniloom.train.fragments import Fragment, Whole
+from omniloom.train.parallel import gradient_norm, share_experts, share_rows, whole_weights
 
 if not torch.accelerator.is_available():
     __compatible_ops__["deepspeed_shm_comm"] = False  # collectives in shared memory: compiled for most of a minute
@@ -46,6 +47,9 @@ class Engine:
         _compile(module, run.train.compile)
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.rows = share_rows(module, run.parallel.sequence)
+        self.replicas, self.replica = self.ranks // self.rows.parts, self.rank // self.rows.parts  # by their rows
+        share_experts(module, run.parallel.expert, run.parallel.zero_stage)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(module, run.optimizer),
@@ -58,14 +62,13 @@ class Engine:
         self._peak_rates = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.zero_stage = run.parallel.zero_stage
         self.optimizer = run.optimizer.kind
-        self.accumulation = run.train.gradient_accumulation_steps(self.ranks)
+        self.accumulation = run.train.gradient_accumulation_steps(self.replicas)
         self.device: torch.device = self._engine.device
         self.module = module
         self.clock = Clock(self.device)
-        # The gradients' norm is ours to take where DeepSpeed keeps none.
-        self._clip_here = self.zero_stage == 0 and precision in FP32_PARAMETERS
+        self._clips_here, self._clipping = clips_here(run), run.train.gradient_clipping
         self._scales_loss = precision == "fp16"
-        if self.zero_stage == 0 and not self._clip_here:
+        if self.zero_stage == 0 and not self._clips_here:
             # DeepSpeed has taken a step of zero gradients to make the optimizer's state: Adam would count it, and the
             # masters have decayed by it.
             self._engine.optimizer.state.clear()
@@ -102,11 +105,12 @@ class Engine:
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * rate_share
         self._norm_limit, self._over_limit = norm_limit, False
-        if self._clip_here:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clips_here:
+            self._norm = gradient_norm(self.module.parameters())
+            if self._clipping:
+                torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clipping, self._norm)
         self._engine.step()
-        return float(self._norm if self._clip_here else self._engine.get_global_grad_norm())
+        return float(self._norm if self._clips_here else self._engine.get_global_grad_norm())
 
     def _unless_over_limit(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The `step` of torch's optimizer, which comes last at every ZeRO stage: DeepSpeed knows the norm by then.
@@ -116,7 +120,7 @@ class Engine:
         """
 
         def unless_over_limit(*args: Any, **kwargs: Any) -> Any:
-            norm = float(self._norm if self._clip_here else self._engine.optimizer._global_grad_norm)
+            norm = float(self._norm if self._clips_here else self._engine.optimizer._global_grad_norm)
             self._over_limit = not (math.isfinite(norm) and norm <= self._norm_limit)
             return None if self._over_limit else step(*args, **kwargs)
 
@@ -164,10 +168,13 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's weights; all ranks call it, rank 0 gets them."""
-        if self.zero_stage == 3:
-            gathered = self._engine._zero3_consolidated_16bit_state_dict()
-            return gathered or {}
-        return dict(self.module.state_dict())
+        sharded = self._engine.optimizer if self.zero_stage == 3 else None
+        if sharded is not None:
+            sharded.checkpoint_event_prologue()
+        weights = whole_weights(self.module)
+        if sharded is not None:
+            sharded.checkpoint_event_epilogue()
+        return weights
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum `values` over all ranks, in place."""

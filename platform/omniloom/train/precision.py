@@ -18,7 +18,6 @@ from torch import nn
 from omniloom.errors import ConfigError
 from omniloom.model.moe import Experts
 
-FP32_PARAMETERS = ("fp32", "bf16_autocast")
 COMPUTES_IN = {
     "fp32": torch.float32,
     "bf16_autocast": torch.bfloat16,

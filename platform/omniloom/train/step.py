@@ -14,6 +14,7 @@ from torch import Tensor
 from omniloom.data.loader import Batch
 from omniloom.model.decoder import Decoder, Output
 from omniloom.model.moe import update_expert_bias
+from omniloom.model.position import WHOLE_ROWS, Rows
 from omniloom.objective.balance import count_documents, sequence_balance
 from omniloom.objective.next_token import next_token_nll, shifted_targets
 from omniloom.train.alignment import Alignment
@@ -82,8 +83,9 @@ def training_step(
     with engine.timed("forward"):
         alignment = Alignment(engine, batches, align) if align.weight else None
     depths = model.config.num_nextn_predict_layers
-    targets = [[_targets(batch, loss_weight_S, 1 + depth) for depth in range(1 + depths)] for batch in batches]
-    totals = _add_up_batch(engine, batches, targets)
+    rows = model.rows
+    targets = [[_targets(batch, loss_weight_S, rows, 1 + depth) for depth in range(1 + depths)] for batch in batches]
+    totals = _add_up_batch(engine, batches, targets, rows)
     sums = torch.zeros(2 + depths, dtype=torch.float64, device=engine.device)
     routed = []
     for number, (batch, ahead) in enumerate(zip(batches, targets, strict=True)):
@@ -112,11 +114,11 @@ def training_step(
     )
 
 
-def _add_up_batch(engine: Engine, batches: list[Batch], targets: list[list[Targets]]) -> Totals:
+def _add_up_batch(engine: Engine, batches: list[Batch], targets: list[list[Targets]], rows: Rows) -> Totals:
     depths = len(targets[0])
     sums = [sum(float(ahead[depth].weight_M.sum()) for ahead in targets) for depth in range(depths)]
-    sums.append(float(sum(count_documents(batch.fields["document"]) for batch in batches)))
-    sums += torch.stack([_count_tokens(batch) for batch in batches]).sum(0).tolist()
+    sums.append(sum(count_documents(batch.fields["document"]) for batch in batches) / rows.parts)
+    sums += torch.stack([_count_tokens(batch, rows) for batch in batches]).sum(0).tolist()
     summed = engine.sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=engine.device)).tolist()
     return Totals(summed[:depths], summed[depths], [int(count) for count in summed[depths + 1 :]])
 
@@ -143,23 +145,28 @@ def _micro_batch(
         _share(logits, target, total)
         for logits, target, total in zip((output.logits, *output.mtp), targets, totals.weights, strict=True)
     )
-    balance = _balance(output, batch.fields["document"], model.config.num_experts_per_tok) / totals.documents
+    balance = _balance(output, batch.fields["document"], model) / totals.documents
     loss = config.next_token_loss_weight * next_token + config.balance_loss_weight * balance
     if mtp:
         loss = loss + config.mtp_loss_weight * torch.stack(mtp).mean()  # Eq. 25
-    routing_2LE = add_up(output.router, batch.fields["document"])
+    routing_2LE = add_up(output.router, model.rows.cut(batch.fields["document"]))
     return loss, torch.stack([next_token, balance, *mtp]).detach().double(), routing_2LE
 
 
-def _count_tokens(batch: Batch) -> Tensor:
-    """Positions that hold a token of each modality, int64 (4,)."""
-    is_token_BT = batch.fields["document"] >= 0
-    return torch.bincount(batch.fields["modality"][is_token_BT], minlength=len(MODALITIES))
+def _count_tokens(batch: Batch, rows: Rows) -> Tensor:
+    """Positions computed here that hold a token of each modality, int64 (4,)."""
+    is_token_BT = rows.cut(batch.fields["document"]) >= 0
+    return torch.bincount(rows.cut(batch.fields["modality"])[is_token_BT], minlength=len(MODALITIES))
 
 
-def _targets(batch: Batch, loss_weight_S: Tensor, ahead: int) -> Targets:
+def _targets(batch: Batch, loss_weight_S: Tensor, rows: Rows, ahead: int) -> Targets:
+    """Those of the tokens that are computed here."""
     fields = batch.fields
     predict_at, ids = shifted_targets(fields["input_ids"], fields["document"], fields["loss_mask"], ahead)
+    if rows.parts > 1:
+        is_ours = torch.zeros_like(predict_at)
+        rows.cut(is_ours).fill_(True)
+        predict_at, ids = predict_at & is_ours, ids[is_ours[predict_at]]
     return Targets(predict_at, ids, loss_weight_S[fields["source"][predict_at].long()])
 
 
@@ -168,9 +175,12 @@ def _share(logits_MV: Tensor, target: Targets, total_weight: float) -> Tensor:
     return (target.weight_M * next_token_nll(logits_MV, target.ids_M)).sum() / max(total_weight, 1e-12)
 
 
-def _balance(output: Output, document: Tensor, experts_per_token: int) -> Tensor:
+def _balance(output: Output, document: Tensor, model: Decoder) -> Tensor:
     """Mean over layers of the sequence-wise balance loss, summed over the batch's documents."""
-    per_layer = [sequence_balance(router.scores_BTE, document, experts_per_token) for router in output.router]
+    chosen, rows = model.config.num_experts_per_tok, model.rows
+    per_layer = [
+        sequence_balance(router.scores_BTE, document, chosen, rows.cut, rows.total) for router in output.router
+    ]
     return torch.stack(per_layer).mean() if per_layer else output.hidden.sum() * 0.0
 
 
@@ -185,14 +195,18 @@ def _move_biases(model: Decoder, counts_LE: Tensor, config: TrainConfig) -> None
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine, batches: Iterable[list[Batch]], loss_weight_S: Tensor, source_names: list[str]
+    engine: Engine,
+    batches: Iterable[list[Batch]],
+    loss_weight_S: Tensor,
+    source_names: list[str],
+    rows: Rows = WHOLE_ROWS,
 ) -> dict[str, float]:
     """Held-out loss: `val/loss` = Σ w·nll / Σ w as in training, and each source's own mean."""
     engine.train(False)
     sums = torch.zeros(2, len(source_names), dtype=torch.float64, device=engine.device)  # Σ nll and targets
     for (batch,) in batches:
         batch.to(engine.device)
-        predict_at, target_ids, _ = _targets(batch, loss_weight_S, 1)
+        predict_at, target_ids, _ = _targets(batch, loss_weight_S, rows, 1)
         output: Output = engine.forward(**batch.model_inputs(), predict_at=predict_at)
         assert output.logits is not None
         source = batch.fields["source"][predict_at].long()

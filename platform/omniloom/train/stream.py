@@ -36,7 +36,7 @@ class Stream:
         self.names = heldout.names
         plan = heldout_rows(heldout, run.data.seq_len, run.train.val_rows, run.data.long_documents)
         # Empty rows fill up the last batch: ranks that run unequal numbers of forwards would wait for ever.
-        self._val_width = engine.ranks * run.train.micro_batch_size
+        self._val_width = engine.replicas * run.train.micro_batch_size
         plan += [[]] * (-len(plan) % self._val_width)
         self._heldout = Rows(heldout, plan, Schedule((Phase(0, (), run.data.seq_len),), 0, run.data.long_documents))
 
@@ -56,15 +56,17 @@ class Stream:
     def hash_of(self, batches: list[Batch]) -> str:
         """The global batch's hash, the same for any number of ranks."""
         digests = b"".join(digest for batch in batches for digest in batch.digests)
-        return batch_hash([self._engine.gather_bytes(digests)])
+        everyone, each = self._engine.gather_bytes(digests), len(digests)
+        once = self._engine.rows.parts * each  # ranks that share rows hash the same ones
+        return batch_hash([everyone[start : start + each] for start in range(0, len(everyone), once)])
 
     def validate(self) -> dict[str, float]:
         """The held-out losses, or nothing where the corpus holds nothing out."""
-        steps = len(self._heldout) // self._val_width
+        engine, steps = self._engine, len(self._heldout) // self._val_width
         if not steps:
             return {}
         batches = self._batches(self._heldout, self._val_width, 0, steps, workers=0)
-        losses = validation_loss(self._engine, batches, self.loss_weight_S, self.names)
+        losses = validation_loss(engine, batches, self.loss_weight_S, self.names, engine.rows)
         if self._run.align.weight:
             batches = self._batches(self._heldout, self._val_width, 0, steps, workers=0)
             losses |= heldout_retrieval(self._engine, batches, self._run.align)
@@ -74,5 +76,5 @@ class Stream:
         self, rows: Rows, batch_size: int, first: int, steps: int, workers: int | None = None
     ) -> Iterator[list[Batch]]:
         run, engine = self._run, self._engine
-        share = Share(batch_size, run.train.micro_batch_size, engine.rank, engine.ranks, first, steps)
+        share = Share(batch_size, run.train.micro_batch_size, engine.replica, engine.replicas, first, steps)
         return rank_batches(rows, share, run.data.loader_workers if workers is None else workers)
