@@ -6,7 +6,6 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ SIZES = replace(
     TINY, hidden_size=32, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, n_shared_experts=1
 )
 CORPUS: Any = SimpleNamespace(write_reading_rules=lambda folder: None)
+PATIENCE_S = 550  # of ranks on a machine that does other things too
 ROWS = 4  # of a global batch: as many ranks may share it
 
 
@@ -57,11 +57,14 @@ def on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None
     processes = [
         context.Process(target=_rank, args=(rank, ranks, str(meet), function, arguments)) for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(280)
-        process.kill()
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PATIENCE_S)
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.exitcode for process in processes] == [0] * ranks
 
 
@@ -82,12 +85,16 @@ def _rank(rank: int, ranks: int, meet: str, function: Callable[..., None], argum
 def able_machine() -> None:
     """Have this machine be one that can do fp16 and fp8, and ZeRO 3 cut parameters as small as these."""
     import omniloom.train.engine as engines
-    from omniloom.train import float8
+
+    def convert(module: Any) -> list[str]:
+        from omniloom.train import float8
+
+        float8._to_fp8_rowwise_then_scaled_grouped_mm = exact_product
+        return float8.convert(module, emulate=True)
 
     accelerator: Any = type(engines.get_accelerator())
     accelerator.is_fp16_supported = lambda _: True
-    engines.convert_to_float8 = partial(float8.convert, emulate=True)  # type: ignore[assignment]
-    float8._to_fp8_rowwise_then_scaled_grouped_mm = exact_product
+    engines.convert_to_float8 = convert
     allowed, ours = engines.refuse_unless_possible, engines.deepspeed_config
     engines.refuse_unless_possible = lambda precision, *known: allowed(precision.replace("fp8", "bf16"), *known)
 
