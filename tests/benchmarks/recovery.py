@@ -50,7 +50,7 @@ def main(overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="omniloom-recovery-") as name:
         folder, log = Path(name), Path(name) / "log"
         run = folder / "runs" / "recovery"
-        words = ["experiment=smoke", "run=recovery", "train.steps=100000", "train.save_every=4", "cluster.workers=2"]
+        words = ["experiment=smoke", "run=recovery", "train.steps=5000", "train.save_every=4", "cluster.workers=2"]
         with log.open("wb") as output:
             command = subprocess.Popen(
                 [OMNILOOM, "train", *words, *overrides], cwd=folder, stdout=output, stderr=output

@@ -29,7 +29,7 @@ with ray_session(ClusterConfig(address="up")):
 def test_a_run_leaves_a_node_that_goes_and_is_to_be_repeated(user: User, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         command = subprocess.Popen(
-            [*OMNILOOM, *WORDS, "train.steps=100000", "train.save_every=100000", "cluster.cpus_per_worker=2"],
+            [*OMNILOOM, *WORDS, "train.steps=5000", "train.save_every=100000", "cluster.cpus_per_worker=2"],
             cwd=user.folder,
             env=user.environment,
             stdout=log,

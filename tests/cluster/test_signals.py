@@ -57,7 +57,7 @@ def test_a_run_saves_when_told_and_leaves_when_told_and_the_same_command_goes_on
     def checkpoints() -> list[int]:
         return sorted(int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/*/COMPLETE"))
 
-    command = start(100_000)
+    command = start(5_000)
     try:
         wait(lambda: lines(run / "metrics.jsonl"))
         ranks = [rank["pid"] for rank in lines(run / "events.jsonl")[0]["ranks"]]
