@@ -26,7 +26,7 @@ from omniloom.train.config import GuardConfig, HealthConfig, TrainConfig, Traini
 FAULTS = {4: math.nan, 7: 1e6, 8: math.nan}  # by step: what the loss is multiplied by
 TIMED = {  # differ from run to run
     "tokens_per_s", "tokens_per_s_per_rank", "step_s", "data_wait_s", "forward_s", "backward_s", "optimizer_s",
-    "communication_s", "memory_peak_bytes", "memory_added_bytes", "eta_s", "mfu",
+    "communication_s", "checkpoint_s", "memory_peak_bytes", "memory_added_bytes", "eta_s", "mfu",
 }  # fmt: skip
 PEAK = 1e12
 
