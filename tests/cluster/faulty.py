@@ -78,7 +78,7 @@ def fail(how: str) -> None:
     if how == "sleep":
         time.sleep(1000)
     if how == "linger":  # longer than cluster.hang_s, not so long as to be ended
-        time.sleep(12)
+        time.sleep(22)
     if how == "hold_python":  # native code that never gives Python back
         ctypes.PyDLL(None).sleep(1000)
     if how == "unpicklable":

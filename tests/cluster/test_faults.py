@@ -53,7 +53,7 @@ def test_one_event_says_who_failed_first_and_the_ranks_go_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["sleep", "hold_python"])
 def test_a_hang_leaves_every_ranks_stacks_and_names_who_is_behind(how: str, ray_cluster: None, tmp_path: Path) -> None:
-    config = ClusterConfig(workers=2, max_failures=2, hang_s=10)
+    config = ClusterConfig(workers=2, max_failures=2, hang_s=20)
     run_on_ranks(steps_of, Job(str(tmp_path), how), config, hooks(tmp_path))
     assert steps(tmp_path) == ALL_STEPS
     (failure,) = events(tmp_path, "failure")
@@ -66,7 +66,7 @@ def test_a_hang_leaves_every_ranks_stacks_and_names_who_is_behind(how: str, ray_
 
 @pytest.mark.slow
 def test_a_step_that_took_long_and_went_on_leaves_nothing(ray_cluster: None, tmp_path: Path) -> None:
-    config = ClusterConfig(workers=2, max_failures=0, hang_s=10)
+    config = ClusterConfig(workers=2, max_failures=0, hang_s=20)
     run_on_ranks(steps_of, Job(str(tmp_path), "linger"), config, hooks(tmp_path))
     assert steps(tmp_path) == ALL_STEPS
     assert not (tmp_path / "events.jsonl").exists()

@@ -39,14 +39,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def wait(until: Any) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not until():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_run_saves_when_told_and_leaves_when_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "told"
     words = ["train", "experiment=smoke", "run=told", "train.save_every=100000", "cluster.workers=2"]

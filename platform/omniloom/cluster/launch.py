@@ -101,7 +101,7 @@ def _deaf(folder: Path) -> Hooks:
     return Hooks(folder, _tell_nobody, _no_steps, _ask_nobody, _ask_nobody, _never, _hear_nothing)
 
 
-def _tell_nobody(kind: str, **facts: Any) -> None:
+def _tell_nobody(kind: str, /, **facts: Any) -> None:
     pass
 
 
