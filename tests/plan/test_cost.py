@@ -9,6 +9,7 @@ from test_params import preset
 
 from omniloom.plan.config import DeviceConfig, HardwareConfig, Workload
 from omniloom.plan.cost import checkpoint_bytes, count_cost, shard_bytes_per_token
+from omniloom.train.config import CheckpointConfig
 
 WORKLOAD = Workload(preset("tiny"), 1_024, 32, 4, ranks=8, steps=1_001, save_every=500)
 CLUSTER = HardwareConfig(device=DeviceConfig(watts=700.0), usd_per_device_hour=2.0)
@@ -23,6 +24,16 @@ def test_days_hours_money_and_energy_follow_from_one_step() -> None:
     assert cost.checkpoints == 3
     tokens = 1_001 * 32 * 1_024
     assert cost.disk_bytes == pytest.approx(3 * checkpoint_bytes(WORKLOAD) + 18 * tokens)
+
+
+def test_a_rule_of_retention_bounds_the_disk() -> None:
+    few, many = (count_cost(replace(WORKLOAD, checkpoints_kept=kept), CLUSTER, 7.2) for kept in (2, 9))
+    assert (few.checkpoints, many.checkpoints) == (2, 3)
+    assert many.disk_bytes is not None
+    assert few.disk_bytes == pytest.approx(many.disk_bytes - checkpoint_bytes(WORKLOAD))
+    assert CheckpointConfig().most(1_000) == 5
+    assert CheckpointConfig(keep_best=None, keep_every=100).most(1_000) == 14
+    assert CheckpointConfig(keep_last=None).most(1_000) is None
 
 
 def test_what_is_not_known_is_left_out_alone() -> None:

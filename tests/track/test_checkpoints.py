@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.errors import CheckpointError, ConfigError
@@ -139,6 +139,7 @@ def test_the_best_is_the_oldest_with_the_best_value_measured_by_then(tmp_path: P
 STEPS = st.lists(st.integers(1, 60), unique=True, max_size=12).map(sorted)
 
 
+@settings(deadline=None)
 @given(STEPS, st.data(), st.integers(1, 4) | st.none(), st.sampled_from([None, 5, 10]))
 def test_what_goes_is_old_unnamed_and_not_of_the_rule(
     steps: list[int], data: st.DataObject, keep_last: int | None, keep_every: int | None

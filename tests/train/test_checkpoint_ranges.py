@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.errors import CheckpointError
@@ -31,6 +31,7 @@ def held(draw: st.DrawFn) -> list[list[Part]]:
     return parts
 
 
+@settings(deadline=None)
 @given(held())
 def test_every_element_is_written_once_by_a_rank_that_holds_it(parts: list[list[Part]]) -> None:
     shares = share_out(parts)
@@ -44,6 +45,7 @@ def test_every_element_is_written_once_by_a_rank_that_holds_it(parts: list[list[
             ), "a rank copies out of one fragment"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.integers(1, 100), min_size=1, max_size=40))
 def test_what_all_ranks_hold_is_spread_over_them(ranks: int, sizes: list[int]) -> None:
     everything = [Part(str(index), "master", "float32", 0, size) for index, size in enumerate(sizes)]
@@ -56,6 +58,7 @@ def test_what_one_rank_alone_holds_counts_before_the_rest_is_spread() -> None:
     assert share_out([[own, shared], [shared]]) == [[own], [shared]]
 
 
+@settings(deadline=None)
 @given(cuts(), cuts())
 def test_any_cut_is_read_from_any_other(written: list[tuple[int, int]], wanted: list[tuple[int, int]]) -> None:
     saved = [Saved(start, stop, f"file {start}", 100 + start) for start, stop in written if start < stop]
@@ -68,6 +71,7 @@ def test_any_cut_is_read_from_any_other(written: list[tuple[int, int]], wanted: 
         assert read == list(range(start, stop))
 
 
+@settings(deadline=None)
 @given(cuts(), st.data())
 def test_a_gap_is_found_when_it_is_written_and_when_it_is_read(
     written: list[tuple[int, int]], data: st.DataObject

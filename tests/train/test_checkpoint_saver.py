@@ -207,9 +207,10 @@ def test_a_run_that_fails_gives_a_write_under_way_a_moment_and_no_more(tmp_path:
     assert newest_state(run.folder) is None
 
 
-def test_notes_of_an_interrupted_save_complete_nothing(tmp_path: Path) -> None:
+def test_notes_of_an_interrupted_save_complete_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed save has left every rank's note: rank 0 waits for those of its own start, and clears away the rest."""
-    run = run_in(tmp_path)
+    run, real = run_in(tmp_path), Saver._write
+    monkeypatch.setattr(Saver, "_write", lambda self, job: time.sleep(0.5 * self._engine.rank) or real(self, job))
     folder = Checkpoints(run.folder).at(5)
     for rank in range(3):
         note = {"attempt": "another", "files": {"engine/old": {"bytes": 1, "sha256": ""}}, "steps": {}}

@@ -107,6 +107,7 @@ class Workload:
     offload_parameters: bool = False
     steps: int | None = None
     save_every: int = 500
+    checkpoints_kept: int | None = None  # at most at a time, one that is being written included; None keeps all
     share_by_modality: Mapping[str, float] = field(default_factory=lambda: {"text": 1.0})  # of positions
     target_share: float = 1.0  # of positions, that have a logit
     corpus_bytes: int | None = None  # of its shards, where there is a corpus

@@ -19,7 +19,7 @@ class RunCost:
     cost_usd: float | None
     energy_kwh: float | None
     checkpoint_bytes: float
-    checkpoints: int | None
+    checkpoints: int | None  # on disk, at most at a time
     disk_bytes: float | None
 
     def as_dict(self) -> dict[str, float | None]:
@@ -28,10 +28,12 @@ class RunCost:
 
 
 def count_cost(workload: Workload, hardware: HardwareConfig, step_s: float | None) -> RunCost:
-    """steps × step_s; × ranks in device hours; × price; × watts. Disk: all checkpoints, and the corpus's shards or,
-    where there is none yet, each token's bytes in them."""
+    """steps × step_s; × ranks in device hours; × price; × watts. Disk: the checkpoints kept, and the corpus's shards
+    or, where there is none yet, each token's bytes in them."""
     steps, ranks = workload.steps, workload.ranks
     checkpoints = None if steps is None else math.ceil(steps / workload.save_every)
+    if checkpoints is not None and workload.checkpoints_kept is not None:
+        checkpoints = min(checkpoints, workload.checkpoints_kept)
     each, disk = checkpoint_bytes(workload), None
     if steps is not None and checkpoints is not None:
         shards = steps * workload.tokens_per_step * shard_bytes_per_token(workload)

@@ -227,6 +227,12 @@ class CheckpointConfig:
                 "steps have no checkpoint"
             )
 
+    def most(self, steps: int) -> int | None:
+        """How many lie there at most in a run of so many steps, one that is being written included; None: all."""
+        if self.keep_last is None:
+            return None
+        return self.keep_last + 1 + bool(self.keep_best) + (steps // self.keep_every if self.keep_every else 0)
+
     def make_absolute(self) -> None:
         """Write a folder's path out: workers may stand in another folder."""
         if self.url is not None and "://" not in self.url:
@@ -337,6 +343,7 @@ class TrainingRun:
             offload_parameters=self.parallel.offload_parameters.device != "none",
             steps=self.steps if is_known else None,
             save_every=self.train.save_every,
+            checkpoints_kept=self.checkpoint.most(self.steps) if is_known else None,
         )
 
     def check_context(self) -> None:
