@@ -30,8 +30,12 @@ def on_ranks(ranks: int, cases: list[dict[str, Any]], folder: Path) -> list[Answ
         mine = there | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with path.open("w") as file:
             started.append(subprocess.Popen(command, env=mine, stderr=file))
-    for one, path in zip(started, said, strict=True):
-        assert one.wait() == 0, path.read_text()[-10_000:]
+    try:
+        for one, path in zip(started, said, strict=True):
+            assert one.wait() == 0, path.read_text()[-10_000:]
+    finally:
+        for one in started:
+            one.kill()
     return torch.load(folder / f"{ranks}.pt", weights_only=True)
 
 
