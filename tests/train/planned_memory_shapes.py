@@ -84,12 +84,14 @@ def run_of(case: dict[str, Any], ranks: int) -> TrainingRun:
         model=SHAPES[case["shape"]],
         train=TrainConfig(
             steps=10,
-            global_batch_size=MICRO_BATCH * ranks * case.get("accumulation", 1),
+            global_batch_size=MICRO_BATCH * ranks // case.get("sequence", 1) * case.get("accumulation", 1),
             micro_batch_size=MICRO_BATCH,
             precision=case.get("precision", "fp32"),
             activation_checkpointing=case.get("checkpointing", False),
         ),
-        parallel=ParallelConfig(zero_stage=case["zero_stage"]),
+        parallel=ParallelConfig(
+            zero_stage=case["zero_stage"], expert=case.get("expert", 1), sequence=case.get("sequence", 1)
+        ),
     )
     if case.get("optimizer") == "sgd":
         run.optimizer = OptimizerConfig(kind="sgd", weight_decay=0.0, l2=0.1)

@@ -24,15 +24,18 @@ def on_ranks(ranks: int, cases: list[dict[str, Any]], folder: Path) -> list[Answ
     command = [sys.executable, str(Path(__file__).with_name("sharing_rank.py")), str(folder), json.dumps(cases)]
     there = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     there |= {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            command, env=there | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks)
-    ]
-    said = [one.communicate()[1] for one in started]
-    for one, errors in zip(started, said, strict=True):
-        assert one.returncode == 0, errors
+    said = [folder / f"said_{rank}" for rank in range(ranks)]  # a pipe that nobody reads fills up
+    started = []
+    for rank, path in enumerate(said):
+        mine = there | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with path.open("w") as file:
+            started.append(subprocess.Popen(command, env=mine, stderr=file))
+    try:
+        for one, path in zip(started, said, strict=True):
+            assert one.wait() == 0, path.read_text()[-10_000:]
+    finally:
+        for one in started:
+            one.kill()
     return torch.load(folder / f"{ranks}.pt", weights_only=True)
 
 

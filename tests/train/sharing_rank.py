@@ -119,6 +119,10 @@ def dispatch(expert: int) -> Answer:
         shared = torch.nn.ModuleList([Experts(MODEL)])
         shared.load_state_dict({f"0.{name}": tensor for name, tensor in whole.state_dict().items()})
         share_experts(shared, expert, zero_stage=3)
+        for ours, theirs in zip(shared.parameters(), whole.parameters(), strict=True):
+            there = slice(ours.global_offset, ours.global_offset + ours.numel())
+            assert ours.global_shape == theirs.shape
+            assert torch.equal(ours.flatten(), theirs.flatten()[there])
         for experts in (whole, shared[0]):
             mine = [x.clone().requires_grad_() for x in (hidden, gates)]
             out = experts(*mine, chosen)

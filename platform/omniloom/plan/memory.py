@@ -159,10 +159,11 @@ def _elsewhere(workload: Workload, shards: Shards) -> Parts:
 
 
 def _gathered(workload: Workload, shards: Shards) -> float:
-    """At ZeRO 3, of the weights that other ranks hold."""
-    if workload.zero_stage < 3 or shards.common_replicas == 1:
+    """At ZeRO 3, of the weights that other ranks hold shards of."""
+    if workload.zero_stage < 3:
         return 0.0
-    return WEIGHT_BYTES[workload.precision] * min(shards.whole, LIVE_NUMBERS)
+    numbers = shards.common * (shards.common_replicas > 1) + shards.routed * (shards.routed_replicas > 1)
+    return WEIGHT_BYTES[workload.precision] * min(numbers, LIVE_NUMBERS)
 
 
 def moment_bytes(workload: Workload) -> float:
@@ -216,6 +217,9 @@ def _reduced(workload: Workload, shards: Shards) -> float:
     if workload.zero_stage == 0:
         return w * bucket
     if workload.zero_stage == 3:
+        if workload.expert > 1:  # it is sent off at each layer's experts, which other ranks share
+            layers, ends = workload.sizes.num_hidden_layers, workload.sizes.vocab_size * workload.sizes.hidden_size
+            bucket = min(bucket, shards.whole / layers + ends / workload.tensor)
         return 2 * w * bucket
     again = 0.0 if replicas == 1 else bucket if workload.zero_stage == 1 else bucket / replicas
     return w * (bucket + shards.sharded + again)

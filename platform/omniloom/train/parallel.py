@@ -118,6 +118,7 @@ def share_rows(module: nn.Module, ranks: int) -> Rows:
     return rows
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a program for every packing otherwise
 def attend_by_heads(
     query_BTHd: Tensor,
     key_BTKd: Tensor,
