@@ -24,23 +24,34 @@ KEYS = {
     "val/loss/fades",
     "lr",
     "grad_norm",
+    "skipped_steps",
     "tokens",
+    "tokens/text",
+    "tokens/image",
+    "tokens/audio",
+    "tokens/video",
     "tokens_per_s",
     "tokens_per_s_per_rank",
     "step_s",
     "data_wait_s",
     "checkpoint_s",
+    "forward_s",
+    "backward_s",
+    "optimizer_s",
+    "communication_s",
     "memory_peak_bytes",
     "memory_added_bytes",  # above what the process held before the model
     "eta_s",
     "batch_hash",
-    "router/1/load_max_over_mean",
-    "router/1/dead_experts",
-    "router/1/tokens_per_expert",
-    "router/2/load_max_over_mean",  # the multi-token-prediction module's
-    "router/2/dead_experts",
-    "router/2/tokens_per_expert",
-}
+    *(
+        f"router/{layer}/{name}"
+        for layer in (1, 2)  # the second is the multi-token-prediction module's
+        for name in (
+            "load_max_over_mean", "dead_experts", "tokens_per_expert", "load_entropy", "score_entropy", "bias_min",
+            "bias_max",
+        )
+    ),
+}  # fmt: skip
 SCORED = {"omniloom_pictures": "colours", "omniloom_speech": "tones", "omniloom_video": "fades"}
 
 
@@ -55,6 +66,8 @@ def test_the_metrics_have_each_step_once_and_the_contracts_keys(smoke_run: Path)
     assert lines[-1]["eta_s"] == 0
     for key in ("loss/next_token", "loss/mtp"):
         assert lines[-1][key] < lines[0][key], key
+    for line in lines:
+        assert line["tokens"] == sum(line[f"tokens/{medium}"] for medium in ("text", "image", "audio", "video"))
 
 
 def test_the_resolved_configuration_is_saved(smoke_run: Path) -> None:

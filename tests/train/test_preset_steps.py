@@ -30,8 +30,8 @@ class OneRankThatLearns(OneRank):
         super().__init__(model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
 
-    def step(self, rate_share: float) -> float:
-        grad_norm = super().step(rate_share)
+    def step(self, rate_share: float, norm_limit: float) -> float:
+        grad_norm = super().step(rate_share, norm_limit)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

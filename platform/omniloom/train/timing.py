@@ -1,8 +1,9 @@
 """Where a step's time goes: forward, backward, the optimizer, and what ranks exchange.
 
 Parts nest, and what an inner one takes is not the outer one's: a reduction inside the backward pass is communication.
-On a GPU the parts are read off events on the stream that computes, once the step's loss has been read, so that nothing
-waits for the clock; work on other streams, what ZeRO hides behind the computing, is in nobody's part.
+That is what the training waits for in collectives, until the slowest rank has come to them too. On a GPU the parts are
+read off events on the stream that computes, once the step's loss has been read, so that nothing waits for the clock;
+work on other streams, what ZeRO hides behind the computing, is in nobody's part.
 """
 
 import threading
@@ -37,12 +38,12 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._owner = threading.get_ident()
         self._open: list[str] = []
         self._spans: list[tuple[str, str | None, Any, Any]] = []  # part, the one around it, its begin and end
         self._spare: list[torch.cuda.Event] = []
         for (kind, name), collective in COLLECTIVES.items():
             setattr(kind, name, self._timed(collective))
+        self.start()
 
     def start(self) -> None:
         """Begin a step: what went before belongs to none."""
