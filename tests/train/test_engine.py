@@ -15,7 +15,7 @@ from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
 
 STEPS, CLIP, RATE = 3, 0.3, 1.0
 ROWS = [row(kinds, seed) for seed, kinds in enumerate([MEDIA, (), ("image",), ("audio",)])]
-PRECISIONS = ("fp32", "bf16_autocast", "bf16")
+PRECISIONS = ("fp32", "bf16_autocast", "bf16", "fp16")
 OPTIMIZERS = {
     "sgd": OptimizerConfig(kind="sgd", lr=0.5, momentum=0.8, weight_decay=0.0, l2=0.1),
     "adamw": OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.3),
@@ -60,7 +60,10 @@ def learn(run: TrainingRun, steps: int = STEPS, rate_share: float = 1.0) -> dict
 def measure(folder: str) -> None:
     """Every case on this rank's side; tensors go through a file of rank 0."""
     import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
 
+    accelerator: Any = type(get_accelerator())
+    accelerator.is_fp16_supported = lambda _: True  # torch has the numbers
     answer: dict[Any, Any] = {}
 
     def measured(key: Any, run: TrainingRun, **more: Any) -> None:
@@ -69,7 +72,8 @@ def measure(folder: str) -> None:
 
     for stage in range(4):
         for precision in PRECISIONS:
-            measured(("clipped", precision, stage), run_of(PLAIN, stage, precision, CLIP), steps=1)
+            if (precision, stage) != ("fp16", 0):  # refused
+                measured(("clipped", precision, stage), run_of(PLAIN, stage, precision, CLIP), steps=1)
         measured(("not clipped", "fp32", stage), run_of(PLAIN, stage), steps=1)
         for name in LITERAL:
             measured((name, "fp32", stage, "none", "none"), run_of(OPTIMIZERS[name], stage))
@@ -148,7 +152,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_are_clipped_alike(precision: str, stage: int, ranks: int, measured: dict[int, Any]) -> None:
     """A step of plain SGD at rate 1 moves the weights by −g · min(1, c / ‖g‖)."""
-    within = {"fp32": 1e-4, "bf16_autocast": 2e-2, "bf16": 3e-2}[precision]
+    if (precision, stage) == ("fp16", 0):
+        return  # refused
+    within = {"fp32": 1e-4, "bf16_autocast": 2e-3, "bf16": 2e-3, "fp16": 2e-3}[precision]
     g = first_gradients()
     norm = norm_of(g.values())
     assert norm > 2 * CLIP

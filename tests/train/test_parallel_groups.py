@@ -59,7 +59,7 @@ def stepped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return on_ranks(2, step_with_each, folder, found)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_steps_or_says_what_the_machine_lacks(option: str, stepped: dict[str, Any]) -> None:
     if option not in stepped:

@@ -122,6 +122,22 @@ def test_deepspeed_gets_torchs_sgd_at_the_rate_that_makes_it_ours() -> None:
     assert section == {"type": "SGD", "params": {"lr": pytest.approx(0.05), "momentum": 0.9}}
 
 
+@given(momentum=st.floats(0, 0.99), l2=st.floats(0, 0.5), seed=st.integers(0, 99))
+def test_torchs_sgd_at_that_rate_is_the_literal_loop(momentum: float, l2: float, seed: int) -> None:
+    config = OptimizerConfig(kind="sgd", lr=0.5, momentum=momentum, weight_decay=0.0, l2=l2)
+    draw = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(5, 3, generator=draw, dtype=torch.float64)
+    weight = nn.Parameter(torch.randn(3, generator=draw, dtype=torch.float64))
+    literal, velocity = weight.detach().clone(), torch.zeros(3, dtype=torch.float64)
+    optimizer = torch.optim.SGD([{"params": [weight], "weight_decay": l2}], **section_of(config)["params"])
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        velocity = momentum * velocity + (1 - momentum) * (gradient + l2 * literal)
+        literal = literal - 0.5 * velocity
+        torch.testing.assert_close(weight.detach(), literal)
+
+
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()

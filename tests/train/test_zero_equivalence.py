@@ -49,7 +49,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], A
     return {(ranks, stage): found[ranks][str(stage)] for ranks in (1, 2) for stage in range(4)}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", range(4))
 def test_each_stage_on_each_number_of_ranks_learns_the_same(
