@@ -117,9 +117,9 @@ class Trained:
         if optimizer == "muon":
             train.gradient_clipping = 0
         self.run = TrainingRun(runs_dir=str(folder), run="run", model=SIZES, train=train)
-        self.run.optimizer = OptimizerConfig(kind=optimizer, lr=1e-2)
+        self.run.optimizer = OptimizerConfig(kind=optimizer, lr=1e-2, eps=1e-4)
         self.run.parallel.zero_stage = stage
-        torch.manual_seed(stage)  # what is loaded does not hang on what was drawn
+        torch.manual_seed(stage)  # what is resumed does not hang on what was drawn
         self.model = Decoder(SIZES)
         self.engine = Engine(self.model, self.run)
         self.events: list[tuple[str, dict[str, Any]]] = []
