@@ -52,7 +52,7 @@ def omniloom(*words: str, folder: Path, **environment: str) -> subprocess.Comple
             ["train", "train.steps=200", "optimizer.kind=muon"],
             "set train.gradient_clipping=0 (it is 1.0), or parallel.zero_stage=0",
         ),
-        (["train", "train.steps=200", "optimizer.kind=moun"], "optimizer.kind=moun is none of adamw, muon"),
+        (["train", "train.steps=200", "optimizer.kind=moun"], "optimizer.kind=moun is none of adamw, sgd, muon"),
         (
             ["train", "train.steps=200", "data.phases=[{from_sample:9,weights:{}},{from_sample:3,weights:{}}]"],
             "phases begin one after the other: data.phases from_sample=3 must be over 9",

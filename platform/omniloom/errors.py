@@ -43,7 +43,7 @@ def refuse_unless_one_of(key: str, value: str, valid: Iterable[str]) -> None:
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Say which valid name is nearest to `name`, or list them all when none is near."""
     names = sorted(set(valid))
-    near = max(names, key=lambda other: (_likeness(name, other), other), default="")
+    near = max(names, key=lambda other: (_likeness(name, other), -len(other), other), default="")
     if near and _likeness(name, near) >= LEAST_LIKENESS:
         return f"did you mean '{near}'?"
     return f"valid: {', '.join(names)}" if names else "there is none"
