@@ -196,7 +196,7 @@ def test_documents_that_no_row_holds_are_counted_and_nothing_else_is_refused() -
     made = Stream(some, alike(some))
     rows = [row for block in made.blocks(6) for row in block]
     assert {piece.document for row in rows for piece in row} == {1, 2, 3}
-    assert made.skipped > 0
+    assert made.record.skipped > 0
     none = Listed([[20]], {0: unfit})
     with pytest.raises(DataError, match=r"no document fits a row of data.seq_len=16.*20 tokens"):
         rows_of(none, alike(none), 1)

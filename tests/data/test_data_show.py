@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from handmade import build, save_clip, save_lines, save_picture, save_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from tqdm import tqdm
 
+from omniloom.data import facts as facts_module
 from omniloom.data.config import DataConfig
 from omniloom.data.corpus import Corpus, Documents
 from omniloom.data.facts import RowFacts, corpus_facts, dissect, rejects_by_reason, stream_row, whole_document
@@ -129,6 +132,15 @@ def test_a_row_is_packed_in_memory_as_its_plan_has_it(
     if row == 299:
         assert record == plan.record
     assert not (corpus.folder / "plans").exists()
+
+
+def test_a_row_is_found_without_a_progress_bar(
+    corpus: Corpus, documents: Documents, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TQDM_DISABLE=1 turns bars off, and their counts with them."""
+    monkeypatch.setattr(facts_module, "tqdm", partial(tqdm, disable=True))
+    assert stream_row(documents, read_schedule([corpus], DATA, 0), 3)[0] == plan[3]
+    assert stream_row(documents, read_schedule([corpus], DATA, 0), 299)[0] == plan[299]
 
 
 @settings(max_examples=30, deadline=None)

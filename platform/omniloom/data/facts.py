@@ -145,8 +145,9 @@ def stream_row(documents: Documents, schedule: Schedule, row: int) -> tuple[list
     found: list[Piece] = []
     with tqdm(total=rows, desc="pack the rows", unit="row", delay=2) as bar:
         for block in stream.blocks(rows):
-            if bar.n <= row < bar.n + len(block):
-                found = block[row - int(bar.n)]
+            first = stream.record.rows - len(block)
+            if first <= row < stream.record.rows:
+                found = block[row - first]
             bar.update(len(block))
     return found, stream.record
 

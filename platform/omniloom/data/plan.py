@@ -161,7 +161,6 @@ class Stream:
         self._cut: list[Piece] = []  # of the last of them, the next one last
         self._unshown: list[list[Piece]] = []  # rows of a block that a phase cut short
         self._in_vain = 0  # documents one after the other of which no piece fits
-        self.skipped = 0
         self.record = PlanRecord(plan_key(documents, schedule), 0, 0, 0, 0, 0, {})  # of the blocks so far
 
     @property
@@ -186,7 +185,6 @@ class Stream:
                 yield shown[: end - first]
                 self._unshown = shown[end - first :]
             self._put_back()
-        self.record.skipped = self.skipped
         self.record.epochs = dict(zip(self._documents.names, self.epochs_S.tolist(), strict=True))
 
     def _count(self, block: list[list[Piece]]) -> None:
@@ -215,7 +213,7 @@ class Stream:
         """A document, or what is left of one, as pieces that fit a row; none where an item of it is longer."""
         seq_len = self._packer.seq_len
         pieces = cut_document(self._documents, whole, seq_len, self._schedule.long_documents)
-        self.skipped += not pieces
+        self.record.skipped += not pieces
         self._in_vain = 0 if pieces else self._in_vain + 1
         if self._in_vain > len(self._documents):
             raise DataError(

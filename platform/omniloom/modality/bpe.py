@@ -26,6 +26,7 @@ OTHER = rf"[^\s\p{{L}}{DIGIT}]"
 DIGITS_THEN_WORDS = rf"'(?:[sdmt]|ll|ve|re)| ?\p{{L}}++|[{DIGIT}]| ?{OTHER}++|\s++(?=[{DIGIT}])|\s++$|\s+(?!\S)|\s"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
+CUTS = (([BYTE_LEVEL], WORDS), ([DIGITS, BYTE_LEVEL], DIGITS_THEN_WORDS))
 PLAIN = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
 
 
@@ -60,7 +61,7 @@ def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
 def _pattern(cuts: dict[str, Any] | None) -> str | None:
     steps = [] if cuts is None else cuts["pretokenizers"] if cuts["type"] == "Sequence" else [cuts]
     known = [{key: step[key] for key in step if key != "trim_offsets"} for step in steps]
-    return {1: WORDS, 2: DIGITS_THEN_WORDS}[len(known)] if known in ([BYTE_LEVEL], [DIGITS, BYTE_LEVEL]) else None
+    return next((pattern for cut, pattern in CUTS if cut == known), None)
 
 
 def _is_plain(model: dict[str, Any]) -> bool:
