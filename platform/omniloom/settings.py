@@ -15,7 +15,8 @@ from omniloom.modality.config import ModalityConfig
 from omniloom.plan.config import HardwareConfig
 from omniloom.plan.speeds import PRODUCTS_IN
 from omniloom.track.config import TrackConfig
-from omniloom.train.config import TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import TrainConfig
 
 
 @dataclass

@@ -23,8 +23,9 @@ import torch
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder, text_fields
 from omniloom.train.checkpoint import State
-from omniloom.train.config import ParallelConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine, deepspeed, shut_down
+from omniloom.train.groups import ParallelConfig, TrainConfig
 from omniloom.train.saver import Saver
 from omniloom.train.step import training_step
 

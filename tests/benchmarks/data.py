@@ -221,8 +221,9 @@ def tiny_step(rows: Rows, share: Share) -> Callable[[], float]:
 
     from omniloom.model.config import ModelConfig
     from omniloom.model.decoder import Decoder
-    from omniloom.train.config import TrainConfig, TrainingRun
+    from omniloom.train.config import TrainingRun
     from omniloom.train.engine import Engine
+    from omniloom.train.groups import TrainConfig
     from omniloom.train.step import training_step
 
     tiny = ModelConfig(**yaml.safe_load((ROOT / "conf" / "model" / "tiny.yaml").read_text()))

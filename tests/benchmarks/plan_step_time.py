@@ -17,12 +17,14 @@ from typing import Any
 
 from omniloom.cluster.config import ClusterConfig
 from omniloom.cluster.session import ray_session
+from omniloom.data.config import DataConfig
 from omniloom.model.config import ModelConfig
 from omniloom.plan.config import HardwareConfig
 from omniloom.plan.measured import describe, read_measurements
 from omniloom.plan.params import count_parameters
 from omniloom.plan.step_time import predict_step
-from omniloom.train.config import DataConfig, ParallelConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import ParallelConfig, TrainConfig
 
 # Experts' products have shapes of their own at first, for each of which oneDNN builds a program in half precision.
 WARM_UP, EXPERTS_WARM_UP, STEPS = 2, 40, 5

@@ -25,7 +25,8 @@ from omniloom.data.build import open_or_build
 from omniloom.data.config import DataConfig
 from omniloom.model.config import ModelConfig
 from omniloom.settings import ClusterSettings, TrainSettings
-from omniloom.train.config import ParallelConfig, ScheduleConfig, TrainConfig
+from omniloom.train.groups import ParallelConfig, TrainConfig
+from omniloom.train.schedule import ScheduleConfig
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a benchmark
 

@@ -13,7 +13,7 @@ from omniloom.cluster.local import find_address, start_local
 from omniloom.errors import ClusterError, ConfigError
 from omniloom.overrides import split_sweeps
 from omniloom.settings import TrainSettings
-from omniloom.train.config import TrainConfig
+from omniloom.train.groups import TrainConfig
 
 
 def test_one_value_is_fixed_and_several_are_swept() -> None:

@@ -9,7 +9,7 @@ from test_params import preset
 
 from omniloom.plan.config import DeviceConfig, HardwareConfig, Workload
 from omniloom.plan.cost import checkpoint_bytes, count_cost, shard_bytes_per_token
-from omniloom.train.config import CheckpointConfig
+from omniloom.train.groups import CheckpointConfig
 
 WORKLOAD = Workload(preset("tiny"), 1_024, 32, 4, ranks=8, steps=1_001, save_every=500)
 CLUSTER = HardwareConfig(device=DeviceConfig(watts=700.0), usd_per_device_hour=2.0)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from omniloom.model.config import ModelConfig
 from omniloom.train.checkpoint import State
-from omniloom.train.config import CheckpointConfig, TrainingRun
+from omniloom.train.config import TrainingRun
 from omniloom.train.fragments import BUFFER, MASTER, Fragment, Whole
+from omniloom.train.groups import CheckpointConfig
 
 ROWS, COLUMNS = 6, 4
 CORPUS: Any = SimpleNamespace(write_reading_rules=lambda folder: (folder / "tokenizer.json").write_text("{}"))

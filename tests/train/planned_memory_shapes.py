@@ -3,7 +3,8 @@
 from typing import Any
 
 from omniloom.model.config import ModelConfig
-from omniloom.train.config import OptimizerConfig, ParallelConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, ParallelConfig, TrainConfig
 
 TEXT: dict[str, Any] = {"image_patch_pixels": None, "video_patch_pixels": None, "audio_mels": None}
 SHAPES = {

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from omniloom.data.loader import Batch
 from omniloom.model.decoder import Decoder
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, TrainConfig
 
 # Sides in sixteens but for the 24 that keys and values are compressed to.
 SIZES = replace(

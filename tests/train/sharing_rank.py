@@ -15,7 +15,8 @@ from omniloom.data.loader import Batch
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 from omniloom.model.moe import Experts
-from omniloom.train.config import OptimizerConfig, ParallelConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, ParallelConfig, TrainConfig
 
 ROWS, STEPS = 4, 50
 PATIENCE_S = 1000  # a collective waits half an hour: a rank that hangs ends itself

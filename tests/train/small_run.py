@@ -11,7 +11,9 @@ from tiny_rows import TINY
 from omniloom.data.config import DataConfig
 from omniloom.data.corpus import Corpus
 from omniloom.model.config import ModelConfig
-from omniloom.train.config import ScheduleConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import TrainConfig
+from omniloom.train.schedule import ScheduleConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 

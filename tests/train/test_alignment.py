@@ -17,7 +17,7 @@ from omniloom.modality.sequence import Document, Row, Segment, lay_row, weave
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 from omniloom.train.alignment import Alignment, embed_sides, heldout_retrieval
-from omniloom.train.config import AlignConfig, TrainConfig
+from omniloom.train.groups import AlignConfig, TrainConfig
 from omniloom.train.step import training_step
 
 torch.set_num_threads(1)

@@ -16,7 +16,8 @@ import torch
 from tiny_rows import SEQ_LEN, TINY, WIDTHS, segment, text
 
 from omniloom.modality.sequence import Row, lay_row, weave
-from omniloom.train.config import AlignConfig, OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import AlignConfig, OptimizerConfig, TrainConfig
 
 PATIENCE_S = 150
 MODEL = replace(TINY, dropout=0.0)

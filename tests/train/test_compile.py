@@ -7,7 +7,8 @@ import pytest
 from engine_ranks import engine_of, on_ranks, take_step
 from tiny_rows import MEDIA, TINY, row
 
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, TrainConfig
 
 STEPS = 12
 KINDS = [MEDIA, (), ("image",), ("audio",), ("video",), ("image", "audio")]

@@ -13,8 +13,9 @@ from engine_ranks import engine_of, on_ranks
 
 from omniloom.errors import ConfigError
 from omniloom.track import jsonl
-from omniloom.train.config import DebugConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
 from omniloom.train.debugging import Recording
+from omniloom.train.groups import DebugConfig, TrainConfig
 
 WAIT_S = 3
 

@@ -11,7 +11,8 @@ from tiny_rows import MEDIA, TINY, row
 from torch import Tensor, nn
 
 from omniloom.model.decoder import Decoder
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, TrainConfig
 
 STEPS, CLIP, RATE = 3, 0.3, 1.0
 ROWS = [row(kinds, seed) for seed, kinds in enumerate([MEDIA, (), ("image",), ("audio",)])]

@@ -22,7 +22,8 @@ from omniloom.data.loader import Batch
 from omniloom.errors import ConfigError, DataError
 from omniloom.model.decoder import Decoder
 from omniloom.model.moe import Router
-from omniloom.train.config import GuardConfig, OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import GuardConfig, OptimizerConfig, TrainConfig
 from omniloom.train.guard import NOT_FINITE, OVERFLOW, SPIKE, Guard
 
 # fp32 parameters at stage 0 have torch's own optimizer; other precisions, and each other stage, one of DeepSpeed's

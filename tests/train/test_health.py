@@ -13,7 +13,7 @@ from tiny_rows import MEDIA, row
 from omniloom.data.loader import Batch
 from omniloom.errors import ConfigError, DataError
 from omniloom.model.moe import RouterOutput
-from omniloom.train.config import HealthConfig, TrainConfig
+from omniloom.train.groups import HealthConfig, TrainConfig
 from omniloom.train.health import STEPS_AT_REST, Health, Routing, add_up, entropy
 from omniloom.train.step import training_step
 

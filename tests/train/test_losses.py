@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omniloom.modality.batch import MODEL_INPUTS, stack_rows
 from omniloom.modality.sequence import lay_row
-from omniloom.train.config import AlignConfig, TrainConfig
+from omniloom.train.groups import AlignConfig, TrainConfig
 from omniloom.train.step import training_step, validation_loss
 
 

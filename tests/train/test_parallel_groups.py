@@ -14,7 +14,8 @@ from tiny_rows import MEDIA, TINY, row
 from conftest import REPOSITORY
 from omniloom.errors import ConfigError
 from omniloom.settings import TrainSettings
-from omniloom.train.config import SHARING, OptimizerConfig, ParallelConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import SHARING, OptimizerConfig, ParallelConfig, TrainConfig
 
 CONF = REPOSITORY / "conf"
 OPTIONS = sorted(path.stem for path in (CONF / "parallel").glob("*.yaml"))

@@ -25,7 +25,8 @@ from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 from omniloom.model.moe import MixtureOfExperts, Router
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, TrainConfig
 from omniloom.train.precision import convert_to_float8, refuse_unless_possible
 
 STEPS = 4

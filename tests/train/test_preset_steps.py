@@ -15,7 +15,7 @@ from omniloom.data.loader import Batch
 from omniloom.modality.sequence import Row, lay_row, weave
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
-from omniloom.train.config import TrainConfig
+from omniloom.train.groups import TrainConfig
 from omniloom.train.step import training_step
 
 torch.set_num_threads(1)

@@ -21,7 +21,8 @@ from omniloom.cluster.local import WORKER_ENVIRONMENT
 from omniloom.data.loader import Batch
 from omniloom.errors import ClusterError, DataError
 from omniloom.model.decoder import Decoder
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, TrainConfig
 
 for module in (sys.modules[__name__], tiny_rows):
     cloudpickle.register_pickle_by_value(module)  # workers cannot import a test

@@ -21,7 +21,8 @@ from omniloom.errors import DataError
 from omniloom.model.config import ModelConfig
 from omniloom.plan.flops import train_flops
 from omniloom.settings import TrainSettings
-from omniloom.train.config import GuardConfig, HealthConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import GuardConfig, HealthConfig, TrainConfig
 
 FAULTS = {4: math.nan, 7: 1e6, 8: math.nan}  # by step: what the loss is multiplied by
 TIMED = {  # differ from run to run

@@ -14,7 +14,7 @@ from omniloom.modality.batch import MODEL_INPUTS, stack_rows
 from omniloom.modality.sequence import Document, lay_row
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder, Output
-from omniloom.train.config import TrainConfig
+from omniloom.train.groups import TrainConfig
 from omniloom.train.step import training_step, validation_loss
 
 WEIGHTS = torch.tensor([1.0, 0.25, 3.0])  # of the three sources

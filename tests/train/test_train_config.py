@@ -8,7 +8,8 @@ from omniloom.data.config import PhaseConfig
 from omniloom.data.index import Index, SourceRecord, SplitRecord
 from omniloom.errors import ConfigError
 from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
-from omniloom.train.config import OffloadConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OffloadConfig, TrainConfig
 
 
 def sound_run() -> TrainingRun:

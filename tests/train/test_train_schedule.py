@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from omniloom.errors import ConfigError
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
 from omniloom.train.deepspeed_json import deepspeed_config
+from omniloom.train.groups import OptimizerConfig, TrainConfig
 from omniloom.train.optimizer import parameter_groups
 from omniloom.train.schedule import ScheduleConfig, rate_share
 

@@ -25,8 +25,9 @@ def bytes_a_weight(precision: str, zero_stage: int) -> dict[str, float]:
     from test_traffic import TEXT, Moved
 
     from omniloom.model.decoder import Decoder, text_fields
-    from omniloom.train.config import ParallelConfig, TrainConfig, TrainingRun
+    from omniloom.train.config import TrainingRun
     from omniloom.train.engine import Engine
+    from omniloom.train.groups import ParallelConfig, TrainConfig
 
     train = TrainConfig(steps=10, global_batch_size=MICROS, micro_batch_size=1, precision=precision)
     config = vars(TEXT) | {"hidden_size": 512, "vocab_size": 64, "tie_word_embeddings": False}

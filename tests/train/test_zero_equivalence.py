@@ -7,7 +7,8 @@ import pytest
 from engine_ranks import engine_of, start_ranks, take_step
 from tiny_rows import MEDIA, TINY, row
 
-from omniloom.train.config import OptimizerConfig, TrainConfig, TrainingRun
+from omniloom.train.config import TrainingRun
+from omniloom.train.groups import OptimizerConfig, TrainConfig
 from omniloom.train.schedule import ScheduleConfig, rate_share
 
 STEPS, BATCH, TOLERANCE = 50, 2, 1e-4

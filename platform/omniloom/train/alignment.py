@@ -22,8 +22,8 @@ from torch import Tensor
 from omniloom.data.loader import Batch
 from omniloom.data.pairs import Pair, find_pairs, lay_apart
 from omniloom.objective.contrastive import alike, retrieval_at_1, symmetric_contrastive
-from omniloom.train.config import AlignConfig
 from omniloom.train.engine import Engine
+from omniloom.train.groups import AlignConfig
 
 
 class Alignment:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from omniloom.errors import ConfigError
 from omniloom.track.run_directory import write_event
-from omniloom.train.config import DebugConfig
+from omniloom.train.groups import DebugConfig
 
 MEMORY_EVENTS = 1_000_000  # allocations and frees that a snapshot goes back
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from omniloom.errors import ConfigError, refuse_unless_one_of
 
 if TYPE_CHECKING:
-    from omniloom.train.config import OffloadConfig, OptimizerConfig, TrainingRun
+    from omniloom.train.config import TrainingRun
+    from omniloom.train.groups import OffloadConfig, OptimizerConfig
 
 OPTIMIZERS = ("adamw", "sgd", "muon")
 FP32_PARAMETERS = ("fp32", "bf16_autocast")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from omniloom.data.heap import trim_heap
 from omniloom.errors import ConfigError
 from omniloom.model.decoder import Layer
-from omniloom.train.config import ParallelConfig, TrainingRun
+from omniloom.train.config import TrainingRun
 from omniloom.train.debugging import set_collective_timeout
 from omniloom.train.deepspeed_json import clips_here, deepspeed_config
+from omniloom.train.groups import ParallelConfig
 from omniloom.train.optimizer import parameter_groups
 from omniloom.train.precision import convert_to_float8, refuse_unless_possible
 from omniloom.train.timing import Clock

@@ -5,7 +5,7 @@ from collections import deque
 from statistics import median
 
 from omniloom.errors import DataError
-from omniloom.train.config import GuardConfig
+from omniloom.train.groups import GuardConfig
 
 NOT_FINITE, SPIKE, OVERFLOW = "not finite", "spike", "loss scale overflow"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from omniloom.errors import DataError
 from omniloom.model.decoder import Decoder
 from omniloom.model.moe import MixtureOfExperts, RouterOutput
-from omniloom.train.config import HealthConfig, TrainConfig
+from omniloom.train.groups import HealthConfig, TrainConfig
 
 STEPS_AT_REST = 10  # of uneven load, after which a bias should have moved as often
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from omniloom.train.config import OptimizerConfig
+from omniloom.train.groups import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

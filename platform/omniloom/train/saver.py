@@ -26,10 +26,11 @@ from omniloom.model.config import ModelConfig
 from omniloom.track.checkpoints import COMPLETE, KEEP, Checkpoints, Folder, removable
 from omniloom.track.tracker import Tracker
 from omniloom.train.checkpoint import State
-from omniloom.train.config import CheckpointConfig, TrainingRun
+from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine
 from omniloom.train.engine_state import FOLDER, INDEX, lay_out, make_index, part_of, rank_file, write_index
 from omniloom.train.fragments import Fragment, Whole
+from omniloom.train.groups import CheckpointConfig
 from omniloom.train.model_files import write_model
 from omniloom.train.ranges import Part, share_out
 from omniloom.train.tensor_file import Abandoned, bytes_of, dtype_of, hashed, header

@@ -18,8 +18,8 @@ from omniloom.model.position import WHOLE_ROWS, Rows
 from omniloom.objective.balance import count_documents, sequence_balance
 from omniloom.objective.next_token import next_token_nll, shifted_targets
 from omniloom.train.alignment import Alignment
-from omniloom.train.config import AlignConfig, TrainConfig
 from omniloom.train.engine import Engine
+from omniloom.train.groups import AlignConfig, TrainConfig
 from omniloom.train.health import Routing, add_up, sparse_layers
 
 NO_ALIGNMENT = AlignConfig()
