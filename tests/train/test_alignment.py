@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_those_of_all_pairs_of_the_global_batch_one_by_on
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    result = training_step(OneRank(model), model, batches(micro), torch.ones(1), STAGE, 1.0, ALIGN)
+    result = training_step(OneRank(model), model, batches(micro), torch.ones(1), STAGE, 1.0, align=ALIGN)
     measured = result.alignment
     assert measured["loss/contrastive"] == pytest.approx(mean.item(), rel=1e-5)
     for kind, losses in expected.items():
@@ -193,7 +193,7 @@ def test_more_pairs_than_max_pairs_are_left_out_from_the_end_of_the_global_batch
 def test_a_batch_without_a_pair_is_what_it_is_without_alignment() -> None:
     words = lay_row([(woven(text(np.random.default_rng(0), 9, True)), 0)], SEQ_LEN, 0, WIDTHS)
     with_it, without = (
-        training_step(OneRank(decoder()), decoder(), [Batch([words])], torch.ones(1), TrainConfig(), 1.0, align)
+        training_step(OneRank(decoder()), decoder(), [Batch([words])], torch.ones(1), TrainConfig(), 1.0, align=align)
         for align in (ALIGN, AlignConfig())
     )
     assert with_it.alignment == without.alignment == {}
@@ -227,7 +227,7 @@ def test_aligning_teaches_the_pairs() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(16):
-        result = training_step(OneRank(model), model, batches(4), torch.ones(1), STAGE, 1.0, ALIGN)
+        result = training_step(OneRank(model), model, batches(4), torch.ones(1), STAGE, 1.0, align=ALIGN)
         losses.append(result.alignment["loss/contrastive"])
         optimizer.step()
         optimizer.zero_grad()

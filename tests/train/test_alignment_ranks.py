@@ -74,7 +74,7 @@ def train_on_pairs(rank: int, ranks: int, port: int, stage: int, precision: str,
     told = []
     for step in range(len(STEPS)):
         mine = [Batch([row]) for row in rows_of(step)[cut]]
-        result = training_step(engine, model, mine, torch.ones(1), train, 1.0, align)
+        result = training_step(engine, model, mine, torch.ones(1), train, 1.0, align=align)
         told.append({"next_token": result.next_token, "grad_norm": result.grad_norm} | result.alignment)
     heldout = [[Batch([row])] for step in range(len(STEPS)) for row in rows_of(step)[cut]]
     retrieved = heldout_retrieval(engine, heldout, align)

@@ -27,7 +27,7 @@ def test_each_loss_is_weighted_by_its_key_and_measured_whatever_its_weight() -> 
             balance_loss_weight=used.get("balance", 0.0),
         )
         align = AlignConfig(weight=used.get("align", 0.0), temperature=0.2)
-        result = training_step(OneRank(model), model, batches(2), torch.ones(1), config, 1.0, align)
+        result = training_step(OneRank(model), model, batches(2), torch.ones(1), config, 1.0, align=align)
         told = {"next_token": result.next_token, "mtp": result.mtp, "balance": result.balance} | result.alignment
         return told, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

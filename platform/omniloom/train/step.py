@@ -62,9 +62,6 @@ class Totals(NamedTuple):
     tokens: list[int]  # by modality
 
 
-NO_ALIGNMENT = AlignConfig()
-
-
 def training_step(
     engine: Engine,
     model: Decoder,
