@@ -59,7 +59,8 @@ def main(settings: TrainSettings) -> None:
             begun = newest_state(run)
             write_plan(run, record_of(plan), begun.step if begun else 0)
             with reported(run), running(run), follow(run, settings.steps):
-                run_on_ranks(train, job, settings.cluster, hooks_of(run), settings.numbers_of_ranks)
+                environment = settings.debug.environment(run)
+                run_on_ranks(train, job, settings.cluster, hooks_of(run), settings.numbers_of_ranks, environment)
                 state = newest_state(run)
                 if state is None or state.step < settings.steps:
                     why = why_stopped(run)

@@ -180,13 +180,15 @@ def test_platform_is_the_standard_librarys_in_a_ray_worker(ray_cluster: None, tm
 
 def libraries(folder: str) -> None:
     Path(folder, "maps").write_text(Path("/proc/self/maps").read_text())
-    Path(folder, "environment").write_text(json.dumps({name: os.environ.get(name) for name in WORKER_ENVIRONMENT}))
+    Path(folder, "environment").write_text(
+        json.dumps({name: os.environ.get(name) for name in (*WORKER_ENVIRONMENT, "ASKED")})
+    )
 
 
 def test_a_ranks_memory_comes_from_the_allocator_that_plans_count_on(ray_cluster: None, tmp_path: Path) -> None:
-    run_on_ranks(libraries, str(tmp_path), ClusterConfig(workers=1))
+    run_on_ranks(libraries, str(tmp_path), ClusterConfig(workers=1), environment={"ASKED": "for"})
     assert "libjemalloc" in (tmp_path / "maps").read_text()
-    assert json.loads((tmp_path / "environment").read_text()) == WORKER_ENVIRONMENT
+    assert json.loads((tmp_path / "environment").read_text()) == WORKER_ENVIRONMENT | {"ASKED": "for"}
 
 
 def fail_on_rank_one(kind: str) -> None:

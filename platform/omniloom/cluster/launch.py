@@ -3,7 +3,7 @@
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ def run_on_ranks(
     config: ClusterConfig,
     hooks: Hooks | None = None,
     numbers: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Call `function(argument)` on `config.workers` ranks that share a torch process group; raise what failed first.
 
@@ -39,7 +40,7 @@ def run_on_ranks(
     Each failure is one event and, where there are hooks, the ranks start again as `config.max_failures` says. Ctrl-C,
     SIGTERM, a signal to a rank or Ray's notice that a node goes call `hooks.ask_to_stop`, upon which the ranks are
     expected to come to an end of themselves; a second signal, or the first where there are no hooks, raises
-    KeyboardInterrupt. SIGUSR1 calls `hooks.ask_to_save`.
+    KeyboardInterrupt. SIGUSR1 calls `hooks.ask_to_save`. `environment` is set in the ranks before anything is loaded.
     """
     numbers = numbers or (config.workers,)
     has_gpu = ray.cluster_resources().get("GPU", 0) >= numbers[0]
@@ -60,6 +61,7 @@ def run_on_ranks(
             run_config=RunConfig(
                 name="ranks",
                 storage_path=scratch,
+                worker_runtime_env={"env_vars": dict(environment)} if environment else None,
                 callbacks=[Supervisor(side, config.max_failures if hooks else 0), side],
             ),
         )
