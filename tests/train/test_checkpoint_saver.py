@@ -23,13 +23,14 @@ from omniloom.track import jsonl
 from omniloom.track.checkpoints import COMPLETE, Checkpoints, Folder, find_damage
 from omniloom.track.run_directory import Place
 from omniloom.train import saver as saver_file
+from omniloom.train import watch
 from omniloom.train.checkpoint import fork, newest_state, resume
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine_state import make_index, part_of, read_index
 from omniloom.train.model_files import write_model
 from omniloom.train.ranges import share_out
 from omniloom.train.saver import Saver
-from omniloom.train.tensor_file import Entry, write_tensors
+from omniloom.train.tensor_file import Entry, Writing, write_tensors
 
 
 def save_at(run: TrainingRun, ranks: int, steps: list[int], told: Any = None) -> list[BaseException]:
@@ -97,7 +98,7 @@ def test_a_large_model_is_written_in_shards(tmp_path: Path) -> None:
     assert save_at(run, 1, [3]) == []
     folder = Checkpoints(run.folder).at(3)
     (Path(folder.path) / "model" / "model.safetensors").unlink()
-    files = write_model(folder, read_index(folder), threading.Event(), max_shard_bytes=50)
+    files = write_model(folder, read_index(folder), Writing(), max_shard_bytes=50)
     assert {name.rpartition("/")[2] for name in files} == {
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -171,10 +172,10 @@ print(save_at(run, 2, [1, 2]))
 def test_rank_0_fails_with_the_cause_of_another_and_does_not_wait(tmp_path: Path, monkeypatch) -> None:
     real = saver_file.hashed
 
-    def fails(folder: Folder, name: str, abandoned: threading.Event) -> Any:
+    def fails(folder: Folder, name: str, writing: Writing) -> Any:
         if "rank_00001" in name:
             raise OSError("no space left")
-        return real(folder, name, abandoned)
+        return real(folder, name, writing)
 
     monkeypatch.setattr(saver_file, "hashed", fails)
     began = time.monotonic()
@@ -205,6 +206,30 @@ def test_a_run_that_fails_gives_a_write_under_way_a_moment_and_no_more(tmp_path:
     assert [str(error) for error in ranks.run(work)] != []
     assert time.monotonic() - began < 10
     assert newest_state(run.folder) is None
+
+
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_a_write_that_is_slow_is_no_hang_and_one_that_is_stuck_is(gets_on: bool, tmp_path: Path, monkeypatch) -> None:
+    """Whoever watches over the rank hears of a write that is waited for, as long as it gets on."""
+    heard: list[str] = []
+
+    class Watcher:
+        def busy(self) -> None:
+            heard.append("busy")
+
+    def takes_long(self: Saver, job: Any) -> Any:
+        for _ in range(10):
+            time.sleep(0.05)
+            if gets_on:
+                self._writing.get_on()
+        return real(self, job)
+
+    real = Saver._write
+    monkeypatch.setattr(Saver, "_write", takes_long)
+    monkeypatch.setattr(saver_file, "WATCH_S", 0.1)
+    monkeypatch.setattr(watch, "_watchers", [Watcher()])
+    assert save_at(run_in(tmp_path), 1, [1]) == []
+    assert (len(heard) > 2) == gets_on
 
 
 def test_notes_of_an_interrupted_save_complete_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +400,7 @@ def test_a_part_that_nobody_holds_is_found_before_it_is_lost() -> None:
 def test_a_file_written_by_pieces_is_one_of_the_library(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6).reshape(2, 3).to(dtype), "b": torch.tensor(1).to(dtype), "c": torch.zeros(0, 4)}
     entries = [Entry(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()]
-    said = write_tensors(Folder.of(tmp_path), "file", entries, tensors.values(), threading.Event())
+    said = write_tensors(Folder.of(tmp_path), "file", entries, tensors.values(), Writing())
     assert Folder.of(tmp_path).sha256("file") == (said["bytes"], said["sha256"])
     read = load_file(tmp_path / "file")
     assert read.keys() == tensors.keys()

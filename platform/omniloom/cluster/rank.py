@@ -119,6 +119,10 @@ class Rank:
         self._record.steps += 1
         if self._record.steps == 1 and self._record.rank == 0 and self._side.restart is not None:
             self._tell_restart(self._side.restart)
+        self.busy()
+
+    def busy(self) -> None:
+        """Something long gets on that is no step, and no other rank waits for."""
         # Native timers cost a thread and a call of the system each: not at every one of many short steps.
         if self._side.hang_s is not None and time.monotonic() - self._armed > self._side.hang_s / 20:
             self._arm(1)

@@ -1,20 +1,19 @@
 """The model's part of a checkpoint: what model/load.py reads, put together from what the ranks have written."""
 
 import json
-import threading
 from typing import Any
 
 from omniloom.model.weights import INDEX
 from omniloom.track.checkpoints import Folder
 from omniloom.train.engine_state import Index, read_whole
 from omniloom.train.fragments import BUFFER, MASTER
-from omniloom.train.tensor_file import Entry, write_tensors
+from omniloom.train.tensor_file import Entry, Writing, write_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 
 def write_model(
-    folder: Folder, index: Index, abandoned: threading.Event, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Folder, index: Index, writing: Writing, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, dict[str, Any]]:
     """Write model/*.safetensors, holding one tensor at a time; returns their entries in COMPLETE.
 
@@ -31,7 +30,7 @@ def write_model(
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         values = (_values(folder, index, entry.name) for entry in shard)
-        files[f"model/{file}"] = write_tensors(folder, f"model/{file}", shard, values, abandoned)
+        files[f"model/{file}"] = write_tensors(folder, f"model/{file}", shard, values, writing)
         weight_map |= dict.fromkeys((entry.name for entry in shard), file)
     if len(shards) > 1:
         total = sum(entry.bytes for shard in shards for entry in shard)

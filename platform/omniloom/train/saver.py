@@ -7,11 +7,10 @@ write   in the background: each rank its file, then a note with its size and has
 
 import json
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +24,7 @@ from omniloom.errors import CheckpointError
 from omniloom.model.config import ModelConfig
 from omniloom.track.checkpoints import COMPLETE, KEEP, Checkpoints, Folder, removable
 from omniloom.track.tracker import Tracker
+from omniloom.train import watch
 from omniloom.train.checkpoint import State
 from omniloom.train.config import TrainingRun
 from omniloom.train.engine import Engine
@@ -33,9 +33,10 @@ from omniloom.train.fragments import Fragment, Whole
 from omniloom.train.groups import CheckpointConfig
 from omniloom.train.model_files import write_model
 from omniloom.train.ranges import Part, share_out
-from omniloom.train.tensor_file import Abandoned, bytes_of, dtype_of, hashed, header
+from omniloom.train.tensor_file import Abandoned, Writing, bytes_of, dtype_of, hashed, header
 
 POLL_S = 0.05
+WATCH_S = 1.0  # between two looks at whether a write gets on
 WAIT_S = 3600.0  # for the other ranks' files
 LAST_WORD_S = 10.0  # for a write under way, when the run fails of something else
 
@@ -114,8 +115,8 @@ class Saver:
         self._copy = HostCopy()
         self._job: _Job | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[Saved | None] | None = None
-        self._abandoned = threading.Event()
+        self._under_way: Future[Saved | None] | None = None
+        self._writing = Writing()
 
     def __enter__(self) -> Self:
         return self
@@ -127,18 +128,18 @@ class Saver:
         try:
             if error is None:
                 self.wait()
-            elif self._writing is not None:
-                self._writing.exception(LAST_WORD_S)
+            elif self._under_way is not None:
+                self._under_way.exception(LAST_WORD_S)
         except TimeoutError:
             pass
         finally:
-            self._abandoned.set()
+            self._writing.abandoned.set()
             self._thread.shutdown()
 
     def copy(self, state: State) -> float:
         """Copy this rank's part into its memory, once the last checkpoint is written; returns the seconds it took."""
         began = time.monotonic()
-        if self._writing is not None and not self._writing.done():
+        if self._under_way is not None and not self._under_way.done():
             self.wait()
             if self._tracker is not None:
                 self._tracker.event("checkpoint_waited", step=state.step, seconds=time.monotonic() - began)
@@ -157,14 +158,14 @@ class Saver:
     def write(self) -> None:
         """Begin to write what was copied: the step it belongs to is in the metrics by now."""
         assert self._job is not None
-        self._writing = self._thread.submit(self._write, self._job)
+        self._under_way = self._thread.submit(self._write, self._job)
 
     def check(self) -> None:
         """Tell of a checkpoint that has become complete; raises what kept one from it."""
-        if self._writing is None or not self._writing.done():
+        if self._under_way is None or not self._under_way.done():
             return
-        writing, self._writing = self._writing, None
-        saved = writing.result()
+        done, self._under_way = self._under_way, None
+        saved = done.result()
         if saved is not None and self._tracker is not None:
             self._tracker.checkpoint(self._checkpoints.at(saved.step))
             told = asdict(saved)
@@ -175,8 +176,11 @@ class Saver:
 
     def wait(self) -> None:
         """Until this rank has written, and on rank 0 all have; raises what kept it from that."""
-        if self._writing is not None:
-            self._writing.exception()
+        seen = self._writing.done
+        while self._under_way is not None and wait([self._under_way], WATCH_S).not_done:
+            if self._writing.done > seen:  # slow is no hang
+                seen = self._writing.done
+                watch.busy()
         self.check()
 
     def _write(self, job: _Job) -> Saved | None:
@@ -185,7 +189,7 @@ class Saver:
         try:
             files = {}
             if self._shares[rank]:
-                with hashed(folder, rank_file(rank), self._abandoned) as stream:
+                with hashed(folder, rank_file(rank), self._writing) as stream:
                     stream.write(self._copy.header)
                     stream.write(bytes_of(self._copy.buffer))
                 files[rank_file(rank)] = stream.entry
@@ -215,7 +219,7 @@ class Saver:
             steps |= note["steps"]
         index = make_index(self._engine.optimizer, job.counters, self._wholes, self._shares, steps)
         files[INDEX] = folder.write(INDEX, write_index(index))
-        files |= write_model(folder, index, self._abandoned)
+        files |= write_model(folder, index, self._writing)
         with tempfile.TemporaryDirectory() as scratch:
             rules = Path(scratch)
             self._corpus.write_reading_rules(rules)
@@ -238,11 +242,12 @@ class Saver:
             for rank in range(self._engine.ranks):
                 if rank not in notes and (note := self._note_of(folder, rank)) is not None:
                     notes[rank] = note
+                    self._writing.get_on()
                     if "error" in note:
                         raise CheckpointError(f"rank {rank}: {note['error']}")
             if len(notes) == self._engine.ranks:
                 return [notes[rank] for rank in sorted(notes)]
-            if self._abandoned.wait(POLL_S):
+            if self._writing.abandoned.wait(POLL_S):
                 raise Abandoned
             if time.monotonic() > deadline:
                 late = sorted(set(range(self._engine.ranks)) - notes.keys())

@@ -86,18 +86,31 @@ def bytes_of(values: Tensor) -> memoryview:
     return values.view(-1).view(torch.uint8).numpy().data
 
 
+class Writing:
+    """What those who write and those who wait for it know of each other."""
+
+    def __init__(self) -> None:
+        self.abandoned = threading.Event()  # nobody waits any more
+        self.done = 0  # grows while something is being done
+
+    def get_on(self) -> None:
+        """Something has been done; raises Abandoned once nobody waits for it."""
+        if self.abandoned.is_set():
+            raise Abandoned
+        self.done += 1
+
+
 class HashedStream:
     """A file that is being written: what went into it so far, and its hash."""
 
-    def __init__(self, stream: Any, abandoned: threading.Event) -> None:
-        self._stream, self._abandoned = stream, abandoned
+    def __init__(self, stream: Any, writing: Writing) -> None:
+        self._stream, self._writing = stream, writing
         self._digest, self._size = hashlib.sha256(), 0
 
     def write(self, content: memoryview | bytes) -> None:
         """Write; raises Abandoned once nobody waits for it."""
         for start in range(0, len(content), BLOCK_BYTES):
-            if self._abandoned.is_set():
-                raise Abandoned
+            self._writing.get_on()
             block = content[start : start + BLOCK_BYTES]
             self._stream.write(block)
             self._digest.update(block)
@@ -110,18 +123,18 @@ class HashedStream:
 
 
 @contextmanager
-def hashed(folder: Folder, name: str, abandoned: threading.Event) -> Iterator[HashedStream]:
+def hashed(folder: Folder, name: str, writing: Writing) -> Iterator[HashedStream]:
     """Open a file for writing."""
     with folder.fs.open((folder / name).path, "wb") as stream:
-        yield HashedStream(stream, abandoned)
+        yield HashedStream(stream, writing)
         synchronize(stream)
 
 
 def write_tensors(
-    folder: Folder, name: str, entries: Sequence[Entry], values: Iterable[Tensor], abandoned: threading.Event
+    folder: Folder, name: str, entries: Sequence[Entry], values: Iterable[Tensor], writing: Writing
 ) -> dict[str, Any]:
     """Write a file of one tensor after the other; returns its entry in COMPLETE."""
-    with hashed(folder, name, abandoned) as stream:
+    with hashed(folder, name, writing) as stream:
         stream.write(header(entries)[0])
         for entry, tensor in zip(entries, values, strict=True):
             assert (name_of(tensor.dtype), tensor.numel()) == (entry.dtype, prod(entry.shape)), entry

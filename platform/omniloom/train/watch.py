@@ -9,6 +9,9 @@ class Watcher(Protocol):
     def alive(self) -> None:
         """A step, a validation or a checkpoint has been done."""
 
+    def busy(self) -> None:
+        """Something long gets on that is no step, and no other rank waits for."""
+
     def reached(self, what: str) -> None:
         """A part of the way to the first step lies behind."""
 
@@ -25,6 +28,12 @@ def alive() -> None:
     """A step, a validation or a checkpoint has been done."""
     for watcher in _watchers:
         watcher.alive()
+
+
+def busy() -> None:
+    """Something long gets on that is no step, and no other rank waits for."""
+    for watcher in _watchers:
+        watcher.busy()
 
 
 def reached(what: str) -> None:
