@@ -90,5 +90,5 @@ def session_of(process: psutil.Process) -> int:
 def second_raylet(session: int) -> psutil.Process:
     """That of the node which is not the head."""
     mine = [p for p in psutil.process_iter() if session_of(p) == session and p.name() == "raylet"]
-    (other,) = [p for p in mine if "--head" not in p.cmdline()]
+    (other,) = [p for p in mine if p.status() != psutil.STATUS_ZOMBIE and "--head" not in p.cmdline()]
     return other

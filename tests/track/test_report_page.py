@@ -62,7 +62,7 @@ def test_the_charts_are_drawn_and_the_media_loaded(page: Path, tmp_path: Path) -
     assert 'data-ready="true"' in dom
     charts = attribute(dom, "data-chart")
     assert attribute(dom, "data-charts") == [str(len(charts))]
-    assert len(re.findall(r'<svg class="main-svg"', dom)) >= len(charts) == 14
+    assert len(re.findall(r'<svg class="main-svg"', dom)) >= len(charts) == 18
     assert len(re.findall(r'class="trace scatter', dom)) >= 12  # a line is a line, not only an empty chart
     heatmaps = re.findall(r'<g class="hm">.*?</g>', dom, re.DOTALL)
     assert len(heatmaps) == 2  # the experts' load, the needle's grid

@@ -46,9 +46,10 @@ def test_a_summary_is_what_the_runs_files_say(run: Path) -> None:
     assert summary["losses"]["loss/next_token"]["best"] == min(losses)
     assert summary["losses"]["loss/next_token"]["best_step"] == 1 + losses.index(min(losses))
     assert summary["losses"].keys() == {
-        "loss/next_token", "loss/balance", "loss/mtp", "val/loss", "val/loss/words", "val/loss/sounds",
-        "val/forgetting/words",
+        "loss/next_token", "loss/balance", "loss/mtp", "loss/contrastive", "val/loss", "val/loss/words",
+        "val/loss/sounds", "val/forgetting/words",
     }  # fmt: skip
+    assert summary["retrieval"] == {"image_text": 0.5, "text_image": 0.25}
     assert (summary["step"], summary["tokens"], summary["checkpoints"]) == (120, 512 * 120, [120])
     assert summary["data"]["epochs"] == {"words": 0.5, "sounds": 2.25, "unused": 0.0}
     assert summary["starts"] == 2
@@ -58,6 +59,7 @@ def test_a_summary_is_what_the_runs_files_say(run: Path) -> None:
     assert "plan 960 rows, 97.66% filled" in page
     assert "epochs words 0.5, sounds 2.25\n" in page
     assert "started 2 times" in page
+    assert "pairs found image_text 50.0%, text_image 25.0%" in page
     assert "checkpoints 1, the last at step 120" in page
     assert "digits: 91.0% ± 2.0% right (above chance 50.0%)" in page
 

@@ -63,7 +63,7 @@ def train(zero_stage: int, do: str, steps: int = STEPS, expert: int = 1, sequenc
         mine = [Batch([row]) for row in rows[engine.replica * share : (engine.replica + 1) * share]]
         result = training_step(engine, model, mine, SOURCES, run.train, 1.0)
         told.append([result.next_token, result.mtp, result.balance, result.grad_norm, result.tokens])
-        counts += result.tokens_per_expert_LE
+        counts += result.routing.choices_LE.float()
     held = sum(p.numel() for part in model.modules() if isinstance(part, Experts) for p in part.parameters())
     weights = {name: tensor.float() for name, tensor in engine.weights().items()}
     return {"told": told, "weights": weights, "counts": counts, "held": held}

@@ -17,8 +17,12 @@ WATCH_S = 1.0
 
 
 def hold(nodes: int, cpus: int, gpus: int, port: int, dashboard_port: int, agent_port: int, scratch: str) -> None:
-    """Start the nodes; end them on SIGTERM, or when the head has lost a process it cannot do without."""
-    stop = threading.Event()
+    """Start the nodes; end them on SIGTERM, or when the head has lost a process it cannot do without.
+
+    SIGUSR1 adds a node, such as one in the place of a node that died.
+    """
+    stop, more = threading.Event(), threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: more.set())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     temp_dir = f"{scratch}/ray"
@@ -36,6 +40,9 @@ def hold(nodes: int, cpus: int, gpus: int, port: int, dashboard_port: int, agent
             break
         cluster.add_node(**shared)
     while not stop.wait(WATCH_S):
+        if more.is_set():
+            more.clear()
+            cluster.add_node(**shared)
         dead = {name for name, _ in head.dead_processes()}
         if dead & {"gcs_server", "raylet", "dashboard"}:
             print(f"the head has lost {', '.join(sorted(dead))}", flush=True)

@@ -201,11 +201,11 @@ def weight_traffic(precision: str, zero_stage: int) -> WeightTraffic:
     ZeRO 0 flattens all gradients, exchanges them and copies them back, 4w once; 1 copies them into a bucket, divides
     them, copies them out and into the shard, 8w, once; 2 does at every micro batch; 3, too, by 10w, and its later sums
     cost w. AdamW's eight operations read and write 80 bytes a number, 8 of them new; with norms, clipping, masters and
-    new weights ZeRO 0 comes to 100, or 118 in half precision, the others, who flatten the shard first, to 128.
+    new weights ZeRO 0 comes to 92, or 118 in half precision, the others, who flatten the shard first, to 128.
     """
     w = Numerics(precision).residual
     casts = Moved(12, 6) if precision == "bf16_autocast" else Moved(0, 0)
     exchange = (Moved(4 * w, w), Moved(8 * w, 2 * w), Moved(8 * w, 2 * w), Moved(10 * w, w))[zero_stage]
-    step = Moved(128, 16) if zero_stage else Moved(118, 12) if w == 2 else Moved(100, 8)
+    step = Moved(128, 16) if zero_stage else Moved(118, 12) if w == 2 else Moved(92, 8)
     sums = Moved(w if zero_stage == 3 else 3 * w, 0)
     return WeightTraffic(casts, sums, exchange, zero_stage >= 2, step)

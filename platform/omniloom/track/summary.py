@@ -26,6 +26,7 @@ from omniloom.track.run_directory import read_config, read_record
 from omniloom.track.verdict import verdict
 
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
+LOSSES, RETRIEVAL = ("loss/", "val/loss", "val/forgetting/"), "val/retrieval_at_1/"
 COUNTED = ("failure", "command_lost", "skipped_step")  # events of a run that did not go straight through
 
 ROUTER = {  # of the last step, over all layers
@@ -46,7 +47,7 @@ def summarize(folder: Path) -> dict[str, Any]:
     metrics, events = read_metrics(folder / "metrics.jsonl"), list(whole_lines(folder / "events.jsonl"))
     results = [result.as_dict() for result in newest(read_history(folder)[0])]
     plans = [event for event in events if event.get("event") == "plan"]
-    losses = {name: curve for name, curve in sorted(metrics.curves.items()) if name.startswith(("loss/", "val/"))}
+    losses = {name: curve for name, curve in sorted(metrics.curves.items()) if name.startswith(LOSSES)}
     speed = metrics.curves.get("tokens_per_s")
     return {
         "run": str(folder),
@@ -65,6 +66,11 @@ def summarize(folder: Path) -> dict[str, Any]:
         "router": {name: metrics.curves[key].last for name, key in ROUTER.items() if key in metrics.curves},
         "alarms": _open_alarms(events),
         "losses": {name: _loss(curve) for name, curve in losses.items()},
+        "retrieval": {
+            key.removeprefix(RETRIEVAL): curve.last
+            for key, curve in sorted(metrics.curves.items())
+            if key.startswith(RETRIEVAL)
+        },
         "checkpoints": Checkpoints(folder).complete(),
         "starts": sum(event.get("event") == "start" for event in events),
         "events": {kind: sum(event.get("event") == kind for event in events) for kind in COUNTED},
@@ -130,6 +136,9 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["router"]:
         told = (f"{name} {text.figure(value)}" for name, value in summary["router"].items())
         lines.append(("router", f"{', '.join(told)}, the worst layer's"))
+    if summary["retrieval"]:
+        found = (f"{pair} {text.share(share)}" for pair, share in summary["retrieval"].items())
+        lines.append(("pairs found", ", ".join(found)))
     for alarm in summary["alarms"]:
         lines.append(("alarm", f"{alarm.get('alarm')} in layer {alarm.get('layer')} since step {alarm.get('step')}"))
     if record["exit_reason"]:
