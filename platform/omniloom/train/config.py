@@ -27,6 +27,11 @@ from omniloom.train.schedule import ScheduleConfig
 if TYPE_CHECKING:
     from omniloom.data.index import Index
 
+NOT_SHARED = {
+    "tensor": "matrices: DeepSpeed's AutoTP cuts Hugging Face's layers by their names, and this decoder has its own",
+    "pipeline": "layers: DeepSpeed's pipeline hands one tensor on, and this decoder hands on places and routing too",
+}
+
 
 @dataclass
 class TrainingRun:
@@ -110,11 +115,11 @@ class TrainingRun:
 
     def check_sharing(self, ranks: int) -> None:
         """Raise ConfigError where the ranks cannot share what `parallel` has them share."""
-        for name in ("tensor", "pipeline"):
+        for name, reason in NOT_SHARED.items():
             if getattr(self.parallel, name) > 1:
                 raise ConfigError(
-                    "training shares by ZeRO, parallel.sequence and parallel.expert so far, planning knows more: "
-                    f"parallel.{name}={getattr(self.parallel, name)} must be 1"
+                    f"training does not share {reason}; `omniloom plan` does: parallel.{name}="
+                    f"{getattr(self.parallel, name)} must be 1"
                 )
         sequence, heads = self.parallel.sequence, self.model.num_attention_heads
         if ranks % sequence or heads % sequence:
