@@ -262,10 +262,17 @@ def test_what_cannot_be_planned_is_one_message(words: list[str], said: str, caps
     assert said in message
 
 
-def test_training_refuses_what_only_planning_knows(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [("tensor", "does not share matrices: DeepSpeed's AutoTP"), ("pipeline", "does not share layers")],
+)
+def test_training_refuses_what_only_planning_knows(key: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run_verb("train", ["corpus=corpora/none", "train.steps=200", "parallel.expert=2", "cluster.workers=2"])
-    assert "training shares a run by ZeRO alone so far" in capsys.readouterr().err
+        run_verb("train", ["corpus=corpora/none", "train.steps=200", f"parallel.{key}=2", "cluster.workers=2"])
+    said = capsys.readouterr().err
+    assert reason in said
+    assert f"parallel.{key}=2 must be 1" in said
+    assert run_verb("plan", ["model=llama_8b", f"parallel.{key}=2", "cluster=h100_1x8", "data.seq_len=4096"]) is None
 
 
 def test_activation_checkpointing_changes_no_step(smoke_run: Path, workspace: Path) -> None:
