@@ -20,7 +20,7 @@ from two_nodes import OMNILOOM, User, second_raylet
 from omniloom.track.checkpoints import Checkpoints
 
 # A driver or a rank is what dies during a checkpoint.
-VICTIMS = ("driver", "rank", "raylet", "loader", "checkpoint")
+VICTIMS = ("raylet", "driver", "checkpoint", "rank", "loader")
 SAVE_EVERY, PATIENCE_S = 4, 240
 COMPARED = ("loss/next_token", "loss/mtp", "loss/balance", "grad_norm", "batch_hash", "tokens")
 
@@ -134,7 +134,7 @@ class Storm:
 @pytest.mark.parametrize(
     ("kills", "steps"),
     [
-        pytest.param(5, 80, marks=pytest.mark.timeout(900)),
+        pytest.param(3, 40, marks=pytest.mark.timeout(900)),
         pytest.param(
             30,
             300,
@@ -155,7 +155,7 @@ def test_a_storm_of_kills_ends_bit_for_bit_as_an_unbroken_run(
     assert unbroken.process.wait(timeout=600) == 0, unbroken.log.read_text()[-2000:]
 
     storm = Storm(run, random.Random(0), int(state["pid"]))
-    victims = [*VICTIMS, *storm.generator.choices(VICTIMS, k=kills - len(VICTIMS))]
+    victims = [*VICTIMS[:kills], *storm.generator.choices(VICTIMS, k=max(kills - len(VICTIMS), 0))]
     storm.generator.shuffle(victims)
     began = time.monotonic()
     run.start()

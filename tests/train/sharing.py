@@ -15,6 +15,8 @@ import torch
 
 Answer = dict[str, Any]
 
+SOAK = "OMNILOOM_SOAK" in os.environ
+
 
 def on_ranks(ranks: int, cases: list[dict[str, Any]], folder: Path) -> list[Answer]:
     """What rank 0 found in each case; without Ray, all cases in one start."""

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sharing import Answer, all_of, alone, assert_gradients_agree, assert_runs_agree
+from sharing import SOAK, Answer, all_of, alone, assert_gradients_agree, assert_runs_agree
 from test_train_config import sound_run
 
 from omniloom.errors import ConfigError
 
 STAGES = (0, 1, 2, 3)
+LONG = STAGES if SOAK else (1, 3)
+FOUR = [(expert, stage) for expert in (2, 4) for stage in STAGES] if SOAK else [(2, 1), (4, 3)]
 HALF = {"do": "train", "zero_stage": 1, "precision": "bf16", "steps": 20}
 
 
@@ -25,12 +27,12 @@ def two() -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def two_for_long() -> dict[str, Answer]:
-    return all_of(2, [*each("train", STAGES, 2), HALF | {"expert": 2}])
+    return all_of(2, [*each("train", LONG, 2), HALF | {"expert": 2}])
 
 
 @pytest.fixture(scope="module")
 def four_for_long() -> dict[str, Answer]:
-    cases = [each(do, STAGES, expert) for expert in (2, 4) for do in ("descend", "train")]
+    cases = [each(do, (stage,), expert) for expert, stage in FOUR for do in ("descend", "train")]
     dispatched = [{"do": "dispatch", "expert": expert} for expert in (2, 4)]
     return all_of(4, [*dispatched, *(case for some in cases for case in some)])
 
@@ -49,7 +51,7 @@ def test_rows_find_their_experts_and_their_way_back(two: dict[str, Answer]) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LONG)
 def test_two_ranks_learn_what_one_learns(stage: int, two_for_long: dict[str, Answer]) -> None:
     assert_runs_agree(two_for_long[f"train {stage} 2"], 2)
 
@@ -64,8 +66,7 @@ def test_in_bf16_two_ranks_learn_nearly_what_one_learns(two_for_long: dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("expert", [2, 4])
+@pytest.mark.parametrize(("expert", "stage"), FOUR)
 def test_four_ranks_learn_what_one_learns(
     expert: int,
     stage: int,

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sharing import Answer, all_of, assert_gradients_agree, assert_runs_agree
+from sharing import SOAK, Answer, all_of, assert_gradients_agree, assert_runs_agree
 from test_train_config import sound_run
 
 from conftest import train_smoke
 from omniloom.data.config import PhaseConfig
 from omniloom.errors import ConfigError
 
-STAGES = (0, 1, 2, 3)
+LONG = (0, 1, 2, 3) if SOAK else (1, 3)
+DEGREES = [(2, 1), (4, 1), (2, 4)]  # ranks that share rows, and experts, of four
+FOUR = [(*degrees, stage) for degrees in DEGREES for stage in (1, 3)] if SOAK else [(4, 1, 3), (2, 4, 1)]
 PATTERNS = [f"{pattern} {heads}" for pattern in ("full", "sparse", "linear") for heads in (4, 2, 1)]
 
 
@@ -29,16 +31,13 @@ def two() -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def two_for_long() -> dict[str, Answer]:
-    return all_of(2, each("train", STAGES, 2))
+    return all_of(2, each("train", LONG, 2))
 
 
 @pytest.fixture(scope="module")
 def four_for_long() -> dict[str, Answer]:
-    cases = [each(do, (1, 3), sequence, expert=expert) for sequence, expert in DEGREES for do in ("descend", "train")]
+    cases = [each(do, (stage,), rows, expert=experts) for rows, experts, stage in FOUR for do in ("descend", "train")]
     return all_of(4, [{"do": "attention", "sequence": 4}, *(case for some in cases for case in some)])
-
-
-DEGREES = [(2, 1), (4, 1), (2, 4)]  # ranks that share rows, and experts, of four
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -53,15 +52,14 @@ def test_attention_of_shared_rows_is_that_of_whole_ones(two: dict[str, Answer]) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LONG)
 def test_two_ranks_learn_what_one_learns(stage: int, two_for_long: dict[str, Answer]) -> None:
     assert_runs_agree(two_for_long[f"train {stage} 2"])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize(("sequence", "expert"), DEGREES)
+@pytest.mark.parametrize(("sequence", "expert", "stage"), FOUR)
 def test_four_ranks_learn_what_one_learns(
     sequence: int,
     expert: int,
