@@ -17,6 +17,18 @@ os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir()) / "omniloom-matplot
 os.environ.pop("RAY_ADDRESS", None)  # never somebody else's cluster
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow ones are chosen or left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What `make soak` runs alone counts as slow there, and is left out anywhere else."""
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    if "OMNILOOM_SOAK" in os.environ:
+        for item in soak:
+            item.add_marker(pytest.mark.slow)
+        return
+    config.hook.pytest_deselected(items=soak)
+    items[:] = [item for item in items if item not in soak]
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real files; a test that needs it fails, and is not skipped, where it is absent."""

@@ -44,6 +44,13 @@ def test_what_follows_from_another_ranks_end_is_no_cause() -> None:
     assert first_cause(records | {1: record(1, 4.3, "surprise")}, {}) == 1
 
 
+def test_a_broken_pipe_to_a_ranks_own_process_is_a_cause() -> None:
+    """Such as one that reads rows ahead and was killed: no other rank has to be waited for."""
+    lost = record(1, 4.0, "[Errno 104] Connection reset by peer")
+    lost.error = "ConnectionResetError"
+    assert first_cause({0: record(0, 4.1, GONE), 1: lost}, {}) == 1
+
+
 def test_a_rank_that_wrote_its_error_has_not_vanished() -> None:
     """Its process may be gone by the time that anybody looks: by its error it failed later than the other."""
     records = {0: record(0, 3.0, "first"), 1: record(1, 4.0, "second")}

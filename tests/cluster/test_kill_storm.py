@@ -135,15 +135,7 @@ class Storm:
     ("kills", "steps"),
     [
         pytest.param(3, 40, marks=pytest.mark.timeout(900)),
-        pytest.param(
-            30,
-            300,
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.timeout(3600),
-                pytest.mark.skipif("OMNILOOM_SOAK" not in os.environ, reason="make soak runs it"),
-            ],
-        ),
+        pytest.param(30, 300, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
     ],
 )
 def test_a_storm_of_kills_ends_bit_for_bit_as_an_unbroken_run(

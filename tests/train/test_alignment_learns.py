@@ -12,7 +12,7 @@ from omniloom.data.samples import demo
 from omniloom.track import jsonl
 
 CHANCE = 0.1  # ten digits
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

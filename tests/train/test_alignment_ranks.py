@@ -117,7 +117,7 @@ def test_the_steps_have_unequal_pairs(alone: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 1, 2))])
 def test_two_ranks_learn_what_one_rank_learns(stage: int, alone: dict[str, Any], tmp_path: Path) -> None:
     together = on_ranks(2, stage, tmp_path)
     for step, (one, two) in enumerate(zip(alone["steps"], together["steps"], strict=True)):
@@ -127,7 +127,7 @@ def test_two_ranks_learn_what_one_rank_learns(stage: int, alone: dict[str, Any],
         np.testing.assert_allclose(weights, together["weights"][name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_one_rank_learns_alike_at_every_stage(stage: int, alone: dict[str, Any], tmp_path: Path) -> None:
     sharded = on_ranks(1, stage, tmp_path)
@@ -135,7 +135,7 @@ def test_one_rank_learns_alike_at_every_stage(stage: int, alone: dict[str, Any],
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
 def test_in_bf16_the_losses_are_near_those_of_fp32(precision: str, alone: dict[str, Any], tmp_path: Path) -> None:
     rounded = on_ranks(1, 1, tmp_path, precision)

@@ -74,6 +74,14 @@ def possible(precision: str, optimizer: str) -> list[tuple[int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "adamw"), ("fp32", "muon")])
+def test_two_ranks_go_from_stage_to_stage(precision: str, optimizer: str, tmp_path: Path) -> None:
+    pairs = [pair for pair in ((0, 1), (1, 3), (3, 3), (3, 2), (2, 0)) if pair in possible(precision, optimizer)]
+    check_pairs(tmp_path, 2, precision, optimizer, pairs)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("precision", "optimizer"),
@@ -96,7 +104,7 @@ def go_on(folder: str, stage: int, optimizer: str, steps: int) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.soak)])
 def test_two_ranks_then_one_then_four_learn_what_one_learns(optimizer: str, tmp_path: Path) -> None:
     for name, way in {"unbroken": [(1, 1, 6)], "moved": [(2, 1, 2), (1, 3, 2), (4, 2, 2)]}.items():
         (tmp_path / name).mkdir()

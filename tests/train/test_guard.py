@@ -162,7 +162,7 @@ def test_a_step_gone_wrong_leaves_a_run_as_if_it_had_never_been(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_so_it_is_at_every_precision_and_stage(ranks: int, tmp_path: Path) -> None:
     told = on_ranks(ranks, tmp_path, REST)
     for case in REST:

@@ -43,6 +43,8 @@ AFTERMATH = re.compile(
     "Connection closed by peer|Connection reset by peer|Connection refused|Broken pipe|Timed out waiting|Socket Timeout"
     "|Socket closed|remote process exited|communicator was aborted|ncclRemoteError|recvBytes|sendBytes|DistStoreError"
 )
+# Python's own, of a pipe to a process of the rank's, such as one that reads rows ahead: torch raises none of them.
+OF_PIPES = ("BrokenPipeError", "ConnectionAbortedError", "ConnectionRefusedError", "ConnectionResetError")
 GUESSES = re.compile(r"\s*(There are some potential root causes|Some common causes include).*", re.DOTALL)  # Ray's
 
 
@@ -235,9 +237,13 @@ class TryAgain(FailurePolicy):
 def first_cause(records: dict[int, Record], deaths: dict[int, Death]) -> int | None:
     """The rank that failed first and not for another's sake; None as long as there is none but those."""
     failed = {rank: record.failed for rank, record in records.items() if record.failed is not None}
-    first = {rank: at for rank, at in failed.items() if not AFTERMATH.search(records[rank].message)}
+    first = {rank: at for rank, at in failed.items() if not _is_aftermath(records[rank])}
     first |= {rank: death.at for rank, death in deaths.items() if rank not in failed}
     return min(first, key=lambda rank: (first[rank], rank)) if first else None
+
+
+def _is_aftermath(record: Record) -> bool:
+    return record.error not in OF_PIPES and AFTERMATH.search(record.message) is not None
 
 
 def _death(worker: Any) -> Death | None:
