@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from two_nodes import OMNILOOM, User
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 WORDS = ["train", "experiment=smoke", "run=drained", "cluster.address=up", "cluster.workers=2"]
 # As an autoscaler does at a spot notice: of the ranks' nodes, that which is not the head.
 DRAIN = """

@@ -12,7 +12,7 @@ import pytest
 from faulty import events, steps_done
 from two_nodes import User, second_raylet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 # A rank takes the two CPUs of a node.
 TWO_OR_ONE = """
 import sys

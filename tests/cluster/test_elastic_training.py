@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from two_nodes import OMNILOOM, User, second_raylet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 WORDS = ["train", "experiment=smoke", "cluster.address=up", "cluster.cpus_per_worker=2", "cluster.min_workers=1"]
 WORDS += ["cluster.workers=2", "train.steps=80", "train.save_every=5"]
 

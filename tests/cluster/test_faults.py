@@ -11,7 +11,7 @@ from omniloom.cluster.launch import run_on_ranks
 from omniloom.errors import ClusterError, DataError
 
 TWO = ClusterConfig(workers=2, max_failures=2, hang_s=None)
-SLOW = [pytest.mark.slow]
+SLOW, SOAK = [pytest.mark.slow], [pytest.mark.soak]
 ALL_STEPS = [[str(step), "2"] for step in range(1, 7)]
 
 
@@ -23,11 +23,11 @@ def steps(folder: Path) -> list[list[str]]:
     ("how", "kind", "cause"),
     [
         ("kill", "worker_died", "Worker unexpectedly exits"),
-        pytest.param("exception", "exception", "RuntimeError: surprise", marks=SLOW),
-        pytest.param("unpicklable", "exception", "Unpicklable: it holds a lock", marks=SLOW),
+        pytest.param("exception", "exception", "RuntimeError: surprise", marks=SOAK),
+        pytest.param("unpicklable", "exception", "Unpicklable: it holds a lock", marks=SOAK),
         pytest.param("memory", "out_of_memory", "MemoryError: not a byte", marks=SLOW),
-        pytest.param("torch_memory", "out_of_memory", "OutOfMemoryError: CUDA out of memory", marks=SLOW),
-        pytest.param("exit", "worker_died", "Worker unexpectedly exits", marks=SLOW),
+        pytest.param("torch_memory", "out_of_memory", "OutOfMemoryError: CUDA out of memory", marks=SOAK),
+        pytest.param("exit", "worker_died", "Worker unexpectedly exits", marks=SOAK),
         pytest.param("segfault", "worker_died", "Fatal Python error: Segmentation fault", marks=SLOW),
     ],
 )
@@ -51,7 +51,7 @@ def test_one_event_says_who_failed_first_and_the_ranks_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["sleep", "hold_python"])
+@pytest.mark.parametrize("how", ["sleep", pytest.param("hold_python", marks=SOAK)])
 def test_a_hang_leaves_every_ranks_stacks_and_names_who_is_behind(how: str, ray_cluster: None, tmp_path: Path) -> None:
     config = ClusterConfig(workers=2, max_failures=2, hang_s=20)
     run_on_ranks(steps_of, Job(str(tmp_path), how), config, hooks(tmp_path))
@@ -64,7 +64,7 @@ def test_a_hang_leaves_every_ranks_stacks_and_names_who_is_behind(how: str, ray_
     assert not (tmp_path / "stacks" / "start_2").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_step_that_took_long_and_went_on_leaves_nothing(ray_cluster: None, tmp_path: Path) -> None:
     config = ClusterConfig(workers=2, max_failures=0, hang_s=20)
     run_on_ranks(steps_of, Job(str(tmp_path), "linger"), config, hooks(tmp_path))
@@ -79,7 +79,10 @@ def test_a_step_that_took_long_and_went_on_leaves_nothing(ray_cluster: None, tmp
     [
         ("ours", 5, DataError, "the disk is full", 1),  # comes again: not tried again
         ("exception", 0, ClusterError, "rank 1 failed: RuntimeError: surprise$", 1),
-        ("exception", 1, ClusterError, "surprise; it is failure 2 after step 2, and cluster.max_failures=1", 2),
+        pytest.param(
+            *("exception", 1, ClusterError, "surprise; it is failure 2 after step 2, and cluster.max_failures=1", 2),
+            marks=SOAK,
+        ),
     ],
 )
 def test_ranks_that_get_no_further_end_the_job(
