@@ -30,8 +30,6 @@ Sides = list[tuple[str, Segment, Segment]]
 class OneRank(test_step.OneRank):
     """What alignment needs of an engine too."""
 
-    rank, ranks = 0, 1
-
     def gather(self, mine: Any) -> list[Any]:
         return [mine]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_ranks import engine_of, start_ranks, take_step
+from test_step import OneRank
 from tiny_rows import MEDIA, TINY, row
 from torch import Tensor, nn
 
@@ -100,29 +101,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, An
     return {ranks: torch.load(folder / f"{ranks}.pt") for ranks in (1, 2)}
 
 
-class Autograd:
-    """What the step needs of an engine: gradients of the whole batch's loss, left where they are."""
-
-    device, skipped, rank, ranks = torch.device("cpu"), False, 0, 1
-
-    def __init__(self, model: Decoder) -> None:
-        self.forward, self.model = model, model
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self, rate_share: float) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        return values
-
-
 def gradients(model: Decoder) -> dict[str, Tensor]:
     """Of the whole batch, by the parameter's name, in float64."""
     model.zero_grad()
     run = run_of(PLAIN, 0)
-    take_step(Autograd(model), model, run, ROWS)
+    take_step(OneRank(model), model, run, ROWS)
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 

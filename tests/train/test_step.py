@@ -25,8 +25,7 @@ Pieces = list[tuple[Document, int]]
 class OneRank:
     """What the step needs of an engine, without DeepSpeed."""
 
-    device = torch.device("cpu")
-    skipped = False
+    device, skipped, rank, ranks = torch.device("cpu"), False, 0, 1
 
     def __init__(self, model: Decoder) -> None:
         self.model, self.rate_share = model, 0.0
