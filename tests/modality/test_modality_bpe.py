@@ -82,7 +82,7 @@ def test_the_longest_run_of_spaces_fits_the_engine(pattern: str) -> None:
 
 
 @either_way
-@pytest.mark.parametrize("stride", [97, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [97, pytest.param(1, marks=pytest.mark.soak)])
 def test_every_character_is_cut_alike(pattern: str, stride: int) -> None:
     """Beside a letter, a digit, a sign and a space: one token where one piece."""
     chars = [chr(code) for code in range(0, 0x110000, stride) if not 0xD800 <= code < 0xE000]

@@ -36,7 +36,7 @@ def learn(zero_stage: int) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_compiled_layers_learn_the_same_and_once(zero_stage: int, tmp_path: Path) -> None:
     found = on_ranks(1, learn, tmp_path, zero_stage)
     assert found["True"] != found["False"], "nothing was compiled"

@@ -16,7 +16,7 @@ from omniloom.errors import ConfigError
 
 LONG = (0, 1, 2, 3) if SOAK else (1, 3)
 DEGREES = [(2, 1), (4, 1), (2, 4)]  # ranks that share rows, and experts, of four
-FOUR = [(*degrees, stage) for degrees in DEGREES for stage in (1, 3)] if SOAK else [(4, 1, 3), (2, 4, 1)]
+FOUR = [(*degrees, stage) for degrees in DEGREES for stage in (1, 3)] if SOAK else [(2, 4, 1)]
 PATTERNS = [f"{pattern} {heads}" for pattern in ("full", "sparse", "linear") for heads in (4, 2, 1)]
 
 
