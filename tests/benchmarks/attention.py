@@ -67,7 +67,9 @@ def decode_ratio(cached: int) -> tuple[float, float]:
     with torch.no_grad():
         latent, key_rope = attention.compress(hidden, places)
         last = places._replace(rope=places.rope[:, -1:])
-        absorbed = seconds(lambda: attention.absorbed(hidden[:, -1:], latent, key_rope, last))
+        absorbed = seconds(
+            lambda: attention.absorbed(*attention._queries(hidden[:, -1:], last), latent, key_rope, None)
+        )
 
         def by_heads() -> None:
             key, value = attention.kv_b_proj(latent).unflatten(-1, (16, -1)).split([64, 64], dim=-1)

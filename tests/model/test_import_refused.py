@@ -25,7 +25,6 @@ from exchanged import (
     theirs_of,
 )
 from safetensors.torch import load_file, save_file
-from tiny_decoders import tiny_config
 
 from conftest import REPOSITORY
 from omniloom.errors import CheckpointError, ConfigError
@@ -33,6 +32,7 @@ from omniloom.model import weights as weights_module
 from omniloom.model.exchange import export_model
 from omniloom.model.hf_config import from_hugging_face, to_hugging_face
 from omniloom.model.load import load_model
+from tiny_decoders import tiny_config
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ export_model(Path({ours!r}), Path({theirs!r}), {{}}, None, 20_000, force=False)
 
 
 def test_a_killed_export_leaves_no_destination_and_a_repeat_succeeds(tmp_path, ours):
-    code = KILLED.format(tests=str(REPOSITORY / "tests" / "model"), ours=str(ours), theirs=str(tmp_path / "theirs"))
+    code = KILLED.format(tests=str(REPOSITORY / "tests"), ours=str(ours), theirs=str(tmp_path / "theirs"))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny_decoders import enliven, text_places, tiny_config
 from torch import Tensor
 
-from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.mla import LatentAttention
+from tiny_decoders import enliven, text_places, tiny_config
 
 DOCUMENTS = [[0, 0, 0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
 
@@ -116,13 +115,16 @@ def test_the_absorbed_form_equals_the_training_form(more, q_lora_rank, interleav
     assert latent.shape[-1] + key_rope.shape[-1] == config.kv_lora_rank + config.qk_rope_head_dim
     for begin, end in [(0, 7), (7, 8), (8, 9), (9, 10), (10, 13)]:
         here = places._replace(rope=places.rope[:, begin:end], query_scale_BT=places.query_scale_BT[:, begin:end])
-        out = module.absorbed(hidden[:, begin:end], latent[:, :end], key_rope[:, :end], here)
-        torch.testing.assert_close(out, expected[:, begin:end], atol=2e-5, rtol=1e-5)
+        sees = torch.tensor([[[_sees(config, query, key) for key in range(end)] for query in range(begin, end)]])
+        queries = module._queries(hidden[:, begin:end], here)
+        out = module.absorbed(*queries, latent[:, :end], key_rope[:, :end], sees.expand(2, -1, -1))
+        torch.testing.assert_close(module.o_proj(out.flatten(-2)), expected[:, begin:end], atol=2e-5, rtol=1e-5)
 
 
-def test_linear_attention_has_no_absorbed_form():
-    config = tiny_config(attention_pattern="linear")
-    module, places = LatentAttention(config), text_places(torch.zeros(1, 3, dtype=torch.long), config)
-    hidden = torch.zeros(1, 3, config.hidden_size)
-    with pytest.raises(ConfigError, match=r"model\.attention_pattern=linear"):
-        module.absorbed(hidden, *module.compress(hidden, places), places)
+def _sees(config: ModelConfig, query: int, key: int) -> bool:
+    if config.attention_pattern == "full":
+        return key <= query
+    stride = config.global_stride
+    while query // stride >= config.max_global_tokens:
+        stride *= 2
+    return key <= query and (key > query - config.window_tokens or key % stride == 0)

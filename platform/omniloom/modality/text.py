@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def decoding(self) -> Callable[[int], str]:
+        """Text id by id: each call gives what the id completes, nothing in the middle of a character."""
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        return lambda id: stream.step(self._tokenizer, id) or ""
 
     def segment(self, text: str, is_target: bool = True) -> Segment:
         """A text segment of the unified sequence."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniloom.model.config import ModelConfig
+from omniloom.model.past import Past, Seen, attend_masked, visible
 from omniloom.model.position import Places, Span, apply_rope
 from omniloom.model.sparse_attention import attend_sparsely
 
@@ -49,8 +50,12 @@ class GroupedAttention(nn.Module):
             query, key = (self._turn(x, places.rope) for x in (query, key))
         return scaled(query, places.query_scale_BT), key, value
 
-    def forward(self, hidden_BTD: Tensor, places: Places) -> Tensor:
-        attended = self.attend(*self.project(hidden_BTD, places), places, self.scale, self.config)
+    def forward(self, hidden_BTD: Tensor, places: Places, past: Past | None = None) -> Tensor:
+        query, key, value = self.project(hidden_BTD, places)
+        if past is None:
+            attended = self.attend(query, key, value, places, self.scale, self.config)
+        else:
+            attended = attend_past(query, key, value, places, past, self.scale, self.config)
         return self.o_proj(attended.flatten(-2))
 
     def _turn(self, x_BTHd: Tensor, table: Tensor) -> Tensor:
@@ -75,17 +80,61 @@ def attend(
     rows = query_BTHd.shape[0]
     # Split, not sliced: the gradient of a split is one concatenation, that of each slice a tensor of zeros.
     parts = (x.flatten(0, 1).split(places.lengths) for x in (query_BTHd, key_BTKd, value_BTKv))
-    attended = []
-    for query, key, value, spans in zip(*parts, places.spans, strict=True):
-        if config.attention_pattern == "linear":
-            out = attend_linearly(query, key, value)
-        elif config.attention_pattern == "sparse" and len(query) > config.window_tokens:
-            limits = (config.window_tokens, config.global_stride, config.max_global_tokens)
-            out = attend_sparsely(query, key, value, spans, scale, *limits)
-        else:
-            out = attend_fully(query, key, value, spans, scale)
-        attended.append(out)
+    attended = [
+        attend_document(query, key, value, spans, scale, config)
+        for query, key, value, spans in zip(*parts, places.spans, strict=True)
+    ]
     return torch.cat(attended).unflatten(0, (rows, -1))
+
+
+def attend_document(
+    query_nHd: Tensor, key_nKd: Tensor, value_nKv: Tensor, spans: list[Span], scale: float, config: ModelConfig
+) -> Tensor:
+    """One document's tokens in the configured pattern, (n, H, v)."""
+    if config.attention_pattern == "linear":
+        return attend_linearly(query_nHd, key_nKd, value_nKv)
+    if config.attention_pattern == "sparse" and len(query_nHd) > config.window_tokens:
+        limits = (config.window_tokens, config.global_stride, config.max_global_tokens)
+        return attend_sparsely(query_nHd, key_nKd, value_nKv, spans, scale, *limits)
+    return attend_fully(query_nHd, key_nKd, value_nKv, spans, scale)
+
+
+def attend_past(
+    query_1NHd: Tensor,
+    key_1NKd: Tensor,
+    value_1NKv: Tensor,
+    places: Places,
+    past: Past,
+    scale: float,
+    config: ModelConfig,
+) -> Tensor:
+    """`attend` for new tokens, each document's going on from what is cached of it; (1, N, H, v)."""
+    attended = []
+    for seen in past.extend(key_1NKd, value_1NKv):
+        query_BTHd = seen.of(query_1NHd)
+        if seen.is_fresh:
+            out_BTHv = attend_fresh(query_BTHd, seen.of(key_1NKd), seen.of(value_1NKv), seen, places, scale, config)
+        else:
+            key_BSKd, value_BSKv = (x.to(query_BTHd.dtype) for x in seen.kept)
+            out_BTHv = attend_masked(query_BTHd, key_BSKd, value_BSKv, visible(seen, places, config), scale)
+        past.observe(seen, query_BTHd)
+        attended.append(out_BTHv.flatten(0, 1))
+    return torch.cat(attended)[None]
+
+
+def attend_fresh(
+    query_BTHd: Tensor,
+    key_BTKd: Tensor,
+    value_BTKv: Tensor,
+    seen: Seen,
+    places: Places,
+    scale: float,
+    config: ModelConfig,
+) -> Tensor:
+    """Documents of which nothing was cached, as training attends to them; (B, T, H, v)."""
+    spans = [places.spans[document] for document in seen.documents]
+    each = zip(query_BTHd, key_BTKd, value_BTKv, spans, strict=True)
+    return torch.stack([attend_document(*one, scale, config) for one in each])
 
 
 def attend_fully(query_nHd: Tensor, key_nKd: Tensor, value_nKv: Tensor, spans: list[Span], scale: float) -> Tensor:

@@ -19,6 +19,7 @@ from omniloom.model.layers import MLP, LocalConvolution, SwiGLU, initialise, nor
 from omniloom.model.mla import LatentAttention
 from omniloom.model.moe import MixtureOfExperts, RouterOutput
 from omniloom.model.mtp import Junction, tokens_ahead
+from omniloom.model.past import DecoderPast, Past
 from omniloom.model.position import WHOLE_ROWS, Places, axial_encoding, cut_places, find_places
 
 
@@ -29,6 +30,7 @@ class Output(NamedTuple):
     logits: Tensor | None  # (M, V) where asked for
     mtp: tuple[Tensor, ...]  # logits (M_k, V) of each multi-token-prediction module that was asked
     router: tuple[RouterOutput, ...]  # one per mixture-of-experts layer, in order, the modules' last
+    embedded: Tensor  # (B, T, D), what went in
 
 
 class Layer(nn.Module):
@@ -49,12 +51,14 @@ class Layer(nn.Module):
             self.mlp = (SwiGLU if config.activation == "swiglu" else MLP)(config, config.intermediate_size)
         self.dropout, self.norms_first = config.dropout, config.norm_position == "pre"
 
-    def forward(self, hidden_BTD: Tensor, places: Places) -> tuple[Tensor, RouterOutput | None]:
+    def forward(
+        self, hidden_BTD: Tensor, places: Places, past: Past | None = None
+    ) -> tuple[Tensor, RouterOutput | None]:
         if self.norms_first:
-            hidden_BTD = hidden_BTD + self._drop(self.self_attn(self.input_layernorm(hidden_BTD), places))
+            hidden_BTD = hidden_BTD + self._drop(self.self_attn(self.input_layernorm(hidden_BTD), places, past))
             fed_BTD, router = self._feed_forward(self.post_attention_layernorm(hidden_BTD), places)
             return hidden_BTD + self._drop(fed_BTD), router
-        hidden_BTD = self.input_layernorm(hidden_BTD + self._drop(self.self_attn(hidden_BTD, places)))
+        hidden_BTD = self.input_layernorm(hidden_BTD + self._drop(self.self_attn(hidden_BTD, places, past)))
         fed_BTD, router = self._feed_forward(hidden_BTD, places)
         return self.post_attention_layernorm(hidden_BTD + self._drop(fed_BTD)), router
 
@@ -76,8 +80,10 @@ class MultiTokenPrediction(nn.Module):
         self.layer = Layer(config, index=config.num_hidden_layers)
         self.norm = norm(config)
 
-    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, places: Places) -> tuple[Tensor, RouterOutput | None]:
-        hidden_BTD, router = self.layer(self.junction(hidden_BTD, ahead_BTD), places)
+    def forward(
+        self, hidden_BTD: Tensor, ahead_BTD: Tensor, places: Places, past: Past | None = None
+    ) -> tuple[Tensor, RouterOutput | None]:
+        hidden_BTD, router = self.layer(self.junction(hidden_BTD, ahead_BTD), places, past)
         return self.norm(hidden_BTD), router
 
 
@@ -118,6 +124,7 @@ class Decoder(nn.Module):
         audio_frames: Tensor,
         predict_at: Tensor | None = None,
         predict_ahead_at: Sequence[Tensor] = (),
+        past: DecoderPast | None = None,
     ) -> Output:
         """Run the decoder on packed rows.
 
@@ -125,21 +132,20 @@ class Decoder(nn.Module):
         (frames, mels) with audio_frames (clips,), each in order of appearance. Logits are computed only where
         `predict_at`, bool (B, T), is set: (M, V) in row-major order of those positions; `predict_ahead_at` holds one
         such mask for each multi-token-prediction module to run. Where ranks share rows, each is handed whole ones, and
-        computes what follows the embeddings for its own tokens.
+        computes what follows the embeddings for its own tokens. With a `past` each document of one row goes on from
+        what is cached of it.
         """
         if len(predict_ahead_at) > len(self.mtp):
             raise ConfigError(
                 f"{len(predict_ahead_at)} more tokens are asked for, model.num_nextn_predict_layers={len(self.mtp)}"
             )
-        places = find_places(document, modality, position, self.config)
-        embedded_BTD = self.embed_tokens(input_ids)
-        embedded_BTD = self.media(embedded_BTD, modality, position, image, audio, audio_frames, video)
-        if self.embed_convolution is not None:
-            embedded_BTD = self.embed_convolution(embedded_BTD, places.index_BT)
+        places = find_places(document, modality, position, self.config, past.begins if past else None)
+        media = {"image_NP": image, "audio_FM": audio, "audio_frames": audio_frames, "video_NP": video}
+        embedded_BTD = self.embed(input_ids, modality, position, places, past, **media)
         hidden_BTD, routers = self.rows.cut(self._add_positions(embedded_BTD, places.index_BT)), []
         places = cut_places(places, self.rows)
-        for layer in self.layers:
-            hidden_BTD, router = self._run(layer, hidden_BTD, places)
+        for layer, cached in zip(self.layers, past.layers if past else [None] * len(self.layers), strict=True):
+            hidden_BTD, router = self._run(layer, hidden_BTD, places, cached)
             routers.append(router)
         hidden_BTD = self.norm(hidden_BTD)
         logits_MV = None if predict_at is None else self.lm_head(hidden_BTD[self.rows.cut(predict_at)])
@@ -149,12 +155,33 @@ class Decoder(nn.Module):
         ahead_BTD, mtp = hidden_BTD, []
         for depth, at_BT in enumerate(predict_ahead_at, start=1):
             next_BTD = self.rows.cut(tokens_ahead(embedded_BTD, document, depth))
-            ahead_BTD, router = self._run(self.mtp[depth - 1], ahead_BTD, next_BTD, places)
+            ahead_BTD, router = self._run(self.mtp[depth - 1], ahead_BTD, next_BTD, places, None)
             mtp.append(self.lm_head(ahead_BTD[self.rows.cut(at_BT)]))
             routers.append(router)
-        return Output(hidden_BTD, logits_MV, tuple(mtp), tuple(router for router in routers if router is not None))
+        kept = tuple(router for router in routers if router is not None)
+        return Output(hidden_BTD, logits_MV, tuple(mtp), kept, embedded_BTD)
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | Places) -> tuple[Tensor, RouterOutput | None]:
+    def embed(
+        self,
+        input_ids: Tensor,
+        modality: Tensor,
+        position: Tensor,
+        places: Places,
+        past: DecoderPast | None = None,
+        **media: Tensor,
+    ) -> Tensor:
+        """Embeddings of text and media, each mixed with those before it where the model does so; (B, T, D)."""
+        embedded_BTD = self.embed_tokens(input_ids)
+        if past is None or any(len(medium) for medium in media.values()):  # in training they run on nothing too
+            embedded_BTD = self.media(embedded_BTD, modality, position, **media)
+        if self.embed_convolution is None:
+            return embedded_BTD
+        if past is None:
+            return self.embed_convolution(embedded_BTD, places.index_BT)
+        before_BKD = past.before(embedded_BTD, len(self.embed_convolution.weight_KD) - 1)
+        return self.embed_convolution.forward_past(embedded_BTD, places.index_BT, places.lengths, before_BKD)
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | Places | Past | None) -> tuple[Tensor, RouterOutput | None]:
         if self.activation_checkpointing and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -174,9 +201,10 @@ def attention_mass(decoder: Decoder, fields: dict[str, Tensor]) -> Tensor:
     """Of each layer the mean share of attention from modality i to modality j, float32 (L, 4, 4): a diagnostic."""
     masses: list[Tensor] = []
 
-    def measure(attention: LatentAttention | GroupedAttention, inputs: tuple[Tensor, Places]) -> None:
-        query, key, _ = attention.project(*inputs)
-        masses.append(modality_mass(query, key, fields["modality"], inputs[1], attention.scale, decoder.config))
+    def measure(attention: LatentAttention | GroupedAttention, inputs: tuple[Tensor, Places, None]) -> None:
+        hidden, places, _ = inputs
+        query, key, _ = attention.project(hidden, places)
+        masses.append(modality_mass(query, key, fields["modality"], places, attention.scale, decoder.config))
 
     hooks = [layer.get_submodule("self_attn").register_forward_pre_hook(measure) for layer in decoder.layers]
     try:

@@ -72,6 +72,13 @@ class LocalConvolution(nn.Module):
         # what recall is learned from; from near zero it takes several times as long.
         self.weight_KD = nn.Parameter(torch.empty(tokens, hidden_size).uniform_(-(tokens**-0.5), tokens**-0.5))
 
+    def forward_past(self, x_1ND: Tensor, index_1N: Tensor, lengths: list[int], before_BKD: Tensor) -> Tensor:
+        """`forward` for documents of `lengths` that go on from the K − 1 embeddings before each."""
+        back = before_BKD.shape[1]
+        parts = zip(before_BKD, x_1ND[0].split(lengths), index_1N[0].split(lengths), strict=True)
+        mixed = [self(torch.cat([b, x])[None], F.pad(index, (back, 0))[None])[:, back:] for b, x, index in parts]
+        return torch.cat(mixed, dim=1)
+
     def forward(self, x_BTD: Tensor, index_BT: Tensor) -> Tensor:
         """`index_BT` counts tokens within their document: what lies before its first token is zero."""
         mixed_BTD = x_BTD * (1 + self.weight_KD[0])

@@ -33,14 +33,18 @@ class Model(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of plain text ids (B, T), each row one document; raises DataError on other ids."""
+        self.check_ids(input_ids)
+        inputs = text_fields(input_ids, self.config)
+        output = self.decoder(**inputs, predict_at=torch.ones_like(input_ids, dtype=torch.bool))
+        return output.logits.unflatten(0, input_ids.shape)
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raise DataError where these are no ids (B, T) of this model."""
         if input_ids.dim() != 2 or not input_ids.numel():
             raise DataError(f"ids are (B, T), at least one of each: these are {tuple(input_ids.shape)}")
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             raise DataError(f"ids lie between 0 and {self.config.vocab_size - 1}, these between {low} and {high}")
-        inputs = text_fields(input_ids, self.config)
-        output = self.decoder(**inputs, predict_at=torch.ones_like(input_ids, dtype=torch.bool))
-        return output.logits.unflatten(0, input_ids.shape)
 
 
 class Source(Protocol):

@@ -3,18 +3,17 @@
 B batch, T tokens, S cached tokens, D model width, H heads, C latent width; nope, rope and v are widths of one head.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from omniloom.errors import ConfigError
-from omniloom.model.attention import attend, scaled
+from omniloom.model.attention import attend, attend_fresh, scaled
 from omniloom.model.config import ModelConfig
 from omniloom.model.layers import RMSNorm
+from omniloom.model.past import Past, attend_masked, visible
 from omniloom.model.position import Places, apply_rope, yarn_mscale
-from omniloom.model.sparse_attention import visible_keys
 
 
 class LatentAttention(nn.Module):
@@ -50,19 +49,23 @@ class LatentAttention(nn.Module):
             self.scale *= yarn_mscale(config.yarn_factor, config.yarn_mscale_all_dim) ** 2
         self.attend: Callable[..., Tensor] = attend  # training may gather tokens that ranks share here
 
-    def forward(self, hidden_BTD: Tensor, places: Places) -> Tensor:
-        """The training form: keys and values of every head."""
-        attended = self.attend(*self.project(hidden_BTD, places), places, self.scale, self.config)
+    def forward(self, hidden_BTD: Tensor, places: Places, past: Past | None = None) -> Tensor:
+        if past is None:  # the training form: keys and values of every head
+            attended = self.attend(*self.project(hidden_BTD, places), places, self.scale, self.config)
+        else:
+            attended = self._attend_past(hidden_BTD, places, past)
         return self.o_proj(attended.flatten(-2))
 
     def project(self, hidden_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys (B, T, H, nope + rope) and values (B, T, H, v)."""
         query = torch.cat(self._queries(hidden_BTD, places), dim=-1)
-        latent_BTC, key_rope = self.compress(hidden_BTD, places)
-        key_value = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, self.nope + self.value))
+        return query, *self.expand(*self.compress(hidden_BTD, places))
+
+    def expand(self, latent_BSC: Tensor, key_rope_BSR: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, S, H, nope + rope) and values (B, S, H, v) of every head."""
+        key_value = self.kv_b_proj(latent_BSC).unflatten(-1, (self.heads, self.nope + self.value))
         key_nope, value = key_value.split([self.nope, self.value], dim=-1)  # k_C, v_C
-        key = torch.cat([key_nope, key_rope[:, :, None, :].expand(-1, -1, self.heads, -1)], dim=-1)
-        return query, key, value
+        return torch.cat([key_nope, key_rope_BSR[:, :, None, :].expand(-1, -1, self.heads, -1)], dim=-1), value
 
     def compress(self, hidden_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """All that a cache holds of a token: the normalised c_KV (B, T, C) and k_R (B, T, rope)."""
@@ -70,33 +73,63 @@ class LatentAttention(nn.Module):
         key_rope = self._turn(key_rope[:, :, None, :], places)[:, :, 0, :]
         return self.kv_a_layernorm(latent), key_rope
 
-    def absorbed(self, hidden_BTD: Tensor, latent_BSC: Tensor, key_rope_BSR: Tensor, places: Places) -> Tensor:
-        """The decode form: the last T of S cached tokens ask; W_UK is absorbed into the queries, W_UV into the output.
+    def _attend_past(self, hidden_1ND: Tensor, places: Places, past: Past) -> Tensor:
+        """New tokens, each document's going on from what is cached of it; (1, N, H, v)."""
+        latent, key_rope = self.compress(hidden_1ND, places)
+        query_nope, query_rope = self._queries(hidden_1ND, places)
+        attended = []
+        for seen in past.extend(latent, key_rope):
+            nope, rope = seen.of(query_nope), seen.of(query_rope)
+            if seen.is_fresh:
+                key, value = self.expand(seen.of(latent), seen.of(key_rope))
+                out_BTHv = attend_fresh(
+                    torch.cat([nope, rope], dim=-1), key, value, seen, places, self.scale, self.config
+                )
+            else:
+                cached, mask = [x.to(nope.dtype) for x in seen.kept], visible(seen, places, self.config)
+                if seen.tokens > self._most_absorbed:
+                    query = torch.cat([nope, rope], dim=-1)
+                    out_BTHv = attend_masked(query, *self.expand(cached[0], cached[1]), mask, self.scale)
+                else:
+                    out_BTHv = self.absorbed(nope, rope, cached[0], cached[1], mask)
+            if past.observes:
+                past.observe(seen, self.absorb(nope[:, -past.observes :], rope[:, -past.observes :]))
+            attended.append(out_BTHv.flatten(0, 1))
+        return torch.cat(attended)[None]
 
-        q_C·(W_UK c) = (W_UKᵀ q_C)·c and Σ p W_UV c = W_UV Σ p c: attention with one head of keys, the cache itself.
-        Each row is one document; `places` are the T tokens'. Full or sparse; raises ConfigError for linear attention,
-        which keeps a state instead of a cache. (B, T, D) → (B, T, D).
-        """
-        config = self.config
-        if config.attention_pattern == "linear":
-            raise ConfigError("model.attention_pattern=linear has no absorbed form: it is full or sparse attention's")
-        up_key_HnC, up_value_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
-            [self.nope, self.value], dim=1
-        )
-        query_nope, query_rope = self._queries(hidden_BTD, places)
-        query_latent = torch.einsum("bthn,hnc->bthc", query_nope, up_key_HnC.to(query_nope.dtype))
-        query = torch.cat([query_latent, query_rope], dim=-1).transpose(1, 2)
-        key = torch.cat([latent_BSC, key_rope_BSR], dim=-1)[:, None]
-        value = F.pad(latent_BSC, (0, self.rope))[:, None]  # as wide as the keys, for the kernel
-        asking, cached = hidden_BTD.shape[1], latent_BSC.shape[1]
-        key_S = torch.arange(cached, device=key.device)
-        window = config.window_tokens if config.attention_pattern == "sparse" else cached
-        visible_TS = visible_keys(
-            key_S[cached - asking :], key_S, window, config.global_stride, config.max_global_tokens
-        )
-        read = F.scaled_dot_product_attention(query, key, value, visible_TS, scale=self.scale, enable_gqa=True)
-        read_BTHC = read[..., : self.latent].transpose(1, 2)
-        return self.o_proj(torch.einsum("bthc,hvc->bthv", read_BTHC, up_value_HvC.to(read.dtype)).flatten(-2))
+    @property
+    def _most_absorbed(self) -> float:
+        """So many queries at once cost as much absorbed, 2·C + rope a key and head, as by heads: nope + rope + v, and
+        C · (nope + v) once for each key."""
+        more, once = 2 * self.latent - self.nope - self.value, self.latent * (self.nope + self.value)
+        return once / more if more > 0 else math.inf
+
+    def absorb(self, query_nope_BTHn: Tensor, query_rope_BTHR: Tensor) -> Tensor:
+        """Queries as they meet the cache itself, (B, T, H, C + rope): q_C·(W_UK c) = (W_UKᵀ q_C)·c."""
+        up_key_HnC, _ = self._ups()
+        query_latent = torch.einsum("bthn,hnc->bthc", query_nope_BTHn, up_key_HnC.to(query_nope_BTHn.dtype))
+        return torch.cat([query_latent, query_rope_BTHR], dim=-1)
+
+    def absorbed(
+        self,
+        query_nope_BTHn: Tensor,
+        query_rope_BTHR: Tensor,
+        latent_BSC: Tensor,
+        key_rope_BSR: Tensor,
+        visible_BTS: Tensor | None,
+    ) -> Tensor:
+        """The decode form, (B, T, H, v): W_UK is absorbed into the queries, W_UV into the output, Σ p W_UV c =
+        W_UV Σ p c: attention with one head of keys, the cache itself."""
+        query = self.absorb(query_nope_BTHn, query_rope_BTHR)
+        key = torch.cat([latent_BSC, key_rope_BSR], dim=-1)[:, :, None]
+        read_BTHC = attend_masked(query, key, latent_BSC[:, :, None], visible_BTS, self.scale)
+        _, up_value_HvC = self._ups()
+        return torch.einsum("bthc,hvc->bthv", read_BTHC, up_value_HvC.to(read_BTHC.dtype))
+
+    def _ups(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, nope, C) and W_UV (H, v, C)."""
+        whole_HxC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        return whole_HxC[:, : self.nope], whole_HxC[:, self.nope :]
 
     def _queries(self, hidden_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """q_C (B, T, H, nope) and q_R (B, T, H, rope)."""

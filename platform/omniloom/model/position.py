@@ -4,6 +4,7 @@ B batch, T tokens, H heads, R rotary width, N media tokens, A axes, D model widt
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,9 +57,21 @@ def cut_places(places: Places, rows: Rows) -> Places:
     )
 
 
-def find_places(document_BT: Tensor, modality_BT: Tensor, position_BT3: Tensor, config: ModelConfig) -> Places:
-    """Read the places off the fields of packed rows; raises ConfigError where a document is over the context."""
+def find_places(
+    document_BT: Tensor,
+    modality_BT: Tensor,
+    position_BT3: Tensor,
+    config: ModelConfig,
+    begins: Sequence[int] | None = None,
+) -> Places:
+    """Read the places off the fields of packed rows; raises ConfigError where a document is over the context.
+
+    `begins` holds the index of each document's first token here, where those before it lie in a cache.
+    """
     index_BT = running_index(document_BT).where(document_BT >= 0, 0)
+    if begins is not None:
+        number_BT = document_starts(document_BT).flatten().cumsum(0).view_as(index_BT) - 1
+        index_BT = index_BT + index_BT.new_tensor(begins)[number_BT]
     longest = int(index_BT.max()) + 1
     if longest > config.max_position_embeddings:
         raise ConfigError(

@@ -23,12 +23,13 @@ def strides_at(index_n: Tensor, global_stride: int, max_global_tokens: int) -> T
 
 
 def visible_keys(
-    query_T: Tensor, key_S: Tensor, window_tokens: int, global_stride: int, max_global_tokens: int
+    query_BT: Tensor, key_BS: Tensor, window_tokens: int, global_stride: int, max_global_tokens: int
 ) -> Tensor:
-    """Which query index sees which key index of one document, bool (T, S): the whole rule, for decoding."""
-    query_T1, stride_T1 = query_T[:, None], strides_at(query_T, global_stride, max_global_tokens)[:, None]
-    near = key_S > query_T1 - window_tokens
-    return (key_S <= query_T1) & (near | (key_S % stride_T1 == 0))
+    """Which query index sees which key index not after it, of one document a row, bool (B, T, S): the whole rule, for
+    decoding."""
+    query_BT1, stride_BT1 = query_BT[..., None], strides_at(query_BT, global_stride, max_global_tokens)[..., None]
+    key_B1S = key_BS[..., None, :]
+    return (key_B1S > query_BT1 - window_tokens) | (key_B1S % stride_BT1 == 0)
 
 
 def attend_sparsely(

@@ -1,0 +1,285 @@
+"""Many requests take turns: prompts chunk by chunk, answers token by token, a free place is taken at once.
+
+B sequences, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniloom.errors import ConfigError
+from omniloom.generate.config import EngineConfig
+from omniloom.generate.forward import Piece, chunk_end, forward, glued
+from omniloom.generate.kv_cache import KVCache
+from omniloom.generate.request import Answer, Event, Request, Stopper, contents
+from omniloom.generate.sampling import distributions, draw, log_shares, uniform
+from omniloom.generate.speculative import Asked, Drafter, accept
+from omniloom.modality.text import TextTokenizer
+from omniloom.model.decoder import Decoder
+
+LEAST_SHARED = 16  # tokens of a prefix that are worth a copy
+
+
+@dataclass
+class Running:
+    """A request that holds a slot."""
+
+    number: int
+    request: Request
+    slot: int
+    contents: np.ndarray
+    glued: np.ndarray
+    answer: Answer
+    stopper: Stopper
+    read: int = 0  # tokens of the prompt that are cached
+    waits_for: "Running | None" = None  # until that one has read the prefix that both share
+    waits_until: int = 0
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def is_reading(self) -> bool:
+        return self.read < len(self.request.prompt)
+
+
+class Engine:
+    """Decodes requests with one model; holds `batch_size` of them at once.
+
+    Each gets what it would get alone: nothing that is drawn for it depends on the others. A prompt that begins as
+    another does that is being read, or was, takes that one's cache over.
+    """
+
+    def __init__(
+        self, decoder: Decoder, text: TextTokenizer, config: EngineConfig | None = None, draft: Drafter | None = None
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.config.check()
+        self.decoder, self.text, self.draft = decoder, text, draft
+        self.cache = KVCache(decoder, self.config.cache, self.config.batch_size)
+        self._running: dict[int, Running] = {}  # by slot
+        self._left: dict[int, np.ndarray] = {}  # contents of free slots, of prompts that were read whole
+
+    def generate(self, requests: Iterable[Request]) -> list[Answer]:
+        """The answers, in the requests' order."""
+        answers: dict[int, Answer] = {}
+        for event in self.stream(requests):
+            answers[event.number] = event.answer
+        return [answers[number] for number in sorted(answers)]
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Every token as it comes, of all requests; raises ConfigError for one that the context has no room for."""
+        waiting = deque(enumerate(requests))
+        for _, request in waiting:
+            self._check(request)
+        try:
+            while waiting or self._running:
+                while waiting and len(self._running) < self.config.batch_size:
+                    self._admit(*waiting.popleft())
+                yield from self._step()
+        finally:  # also where nobody reads on
+            for slot in list(self._running):
+                self._release(slot, keep=False)
+
+    def _check(self, request: Request) -> None:
+        request.decoding.check()
+        tokens, context = len(request.prompt), self.decoder.config.max_position_embeddings
+        if not tokens:
+            raise ConfigError("the prompt is empty: a model goes on from something, if only from bos")
+        if tokens >= context:
+            raise ConfigError(
+                f"a prompt of {tokens:,} tokens leaves no room in the model's context: model.max_position_embeddings="
+                f"{context:,}"
+            )
+        if request.decoding.beams is not None:
+            raise ConfigError(f"beams={request.decoding.beams}: beam search is one request's: beam.search")
+
+    def _admit(self, number: int, request: Request) -> None:
+        slot = next(slot for slot in range(self.config.batch_size) if slot not in self._running)
+        of = contents(request.prompt)
+        one = Running(
+            number,
+            request,
+            slot,
+            of,
+            glued(request.prompt, self.decoder.config),
+            Answer(prompt_tokens=len(of)),
+            Stopper(request.decoding.stop, self.text.decoding()),
+        )
+        if self.draft is None:  # which would have to take over what it read, too
+            self._share_prefix(one)
+        else:
+            self.cache.clear(slot)
+        self._running[slot] = one
+
+    def _step(self) -> Iterator[Event]:
+        """One forward pass, and what it completes."""
+        self._take_over()
+        pieces, taking = self._pieces()
+        passed = forward(self.decoder, self.cache, pieces)
+        if self.draft is not None:
+            self.draft.follow(pieces, passed)
+        choosing: list[tuple[Running, Tensor]] = []
+        for piece, one, logits in zip(pieces, taking, passed.logits, strict=True):
+            if one.is_reading:
+                one.read += len(piece.tokens)
+                if one.is_reading:
+                    self.cache.settle(one.slot)
+                    continue
+            choosing.append((one, logits))
+        yield from self._choose(choosing)
+
+    def _pieces(self) -> tuple[list[Piece], list[Running]]:
+        """What the next pass takes: a token of each answer, and of prompts as much as there is room for."""
+        room, pieces, taking = self.config.prefill_tokens, [], []
+        for slot in sorted(self._running):
+            one = self._running[slot]
+            if not one.is_reading:
+                tokens = [one.answer.ids[-1], *one.drafts]
+                pieces.append(Piece(slot, tokens, predicts=len(tokens)))
+            elif one.waits_for is None and room > 0:
+                end = chunk_end(one.glued, one.read, room)
+                room -= end - one.read
+                window = one.request.prompt.window(one.read, end)
+                pieces.append(Piece(slot, window if window.modality.any() else window.input_ids.tolist(), 1, True))
+            else:
+                continue
+            taking.append(one)
+        return pieces, taking
+
+    def _choose(self, choosing: list[tuple[Running, Tensor]]) -> Iterator[Event]:
+        for one, logits_TV in choosing:
+            yield from self._choose_one(one, logits_TV)
+        if self.draft is not None:
+            self._guess([one for one, _ in choosing if self._running.get(one.slot) is one], self.draft)
+
+    def _guess(self, going: list[Running], draft: Drafter) -> None:
+        """Have the next tokens guessed, as many as may still come."""
+        asked = [Asked(one.slot, one.answer.ids, self._occurred(one), one.request.decoding) for one in going]
+        for one, guessed in zip(going, draft.propose(asked), strict=True):
+            left = one.request.decoding.max_new_tokens - len(one.answer.ids) - 1
+            room = self.decoder.config.max_position_embeddings - self.cache.lengths[one.slot] - 1
+            one.drafts = guessed[: max(0, min(left, room))]
+
+    def _choose_one(self, one: Running, logits_TV: Tensor) -> Iterator[Event]:
+        """The next token, and with drafts those after it that were guessed right."""
+        decoding, slot = one.request.decoding, one.slot
+        first = len(one.answer.ids)
+        occurred = self._occurred(one)
+        if one.drafts:
+            guesses = self.draft.shares(slot) if self.draft is not None else []
+            chosen = accept(logits_TV, one.drafts, guesses, decoding, occurred, first)
+            one.answer.drafted += len(one.drafts)
+            one.answer.accepted += len(chosen) - 1
+            wrong = len(one.drafts) - (len(chosen) - 1)
+            if wrong:
+                self.cache.truncate(slot, self.cache.lengths[slot] - wrong)
+        else:
+            share_BV = distributions(logits_TV, [decoding], [occurred])
+            chosen = [draw(share_BV[0], uniform(decoding.seed, first))]
+        one.drafts = []
+        log_TV, entropy_T = log_shares(logits_TV)
+        self.cache.settle(slot)
+        for step, id in enumerate(chosen):
+            text = self._append(one, id, float(log_TV[step, id]), float(entropy_T[step]))
+            yield Event(one.number, text, one.answer)
+            if one.answer.finish:
+                self._release(slot, keep=True)
+                return
+
+    def _append(self, one: Running, id: int, logprob: float, entropy: float) -> str:
+        """Put a token behind the answer and say how it ends, if it does; the text it completes."""
+        answer, decoding = one.answer, one.request.decoding
+        answer.ids.append(id)
+        answer.logprobs.append(logprob)
+        answer.entropies.append(entropy)
+        if id == self.text.eos_id and not decoding.ignore_eos:
+            answer.finish = "eos"
+            text = one.stopper.rest()
+        else:
+            text = one.stopper.take(id)
+            whole = len(one.request.prompt) + len(answer.ids)
+            if one.stopper.stopped:
+                answer.finish = "stop"
+            elif len(answer.ids) == decoding.max_new_tokens or whole == self.decoder.config.max_position_embeddings:
+                answer.finish = "length"
+                text += one.stopper.rest()
+        answer.text += text
+        return text
+
+    def _occurred(self, one: Running) -> Tensor:
+        """All ids up to here; media's placeholders among them."""
+        if one.request.decoding.repetition_penalty == 1.0:
+            return torch.zeros(0, dtype=torch.long)
+        ids = [*one.request.prompt.input_ids[one.request.prompt.modality == 0].tolist(), *one.answer.ids]
+        return torch.tensor(ids, device=self.decoder.embed_tokens.weight.device)
+
+    # Prefixes.
+
+    def _share_prefix(self, one: Running) -> None:
+        """Take over what a free slot still has of this prompt, or wait for who reads the same."""
+        best, shared, left_from = None, LEAST_SHARED - 1, None
+        for slot, of in self._left.items():
+            if (common := self._common(one, of)) > shared:
+                best, shared, left_from = None, common, slot
+        for other in self._running.values():
+            if (common := self._common(one, other.contents)) > shared:
+                best, shared, left_from = other, common, None
+        if best is not None:
+            one.waits_for, one.waits_until = best, shared
+        elif left_from is not None and self.cache.is_whole(left_from):
+            self._copy(left_from, one, shared)
+            return
+        self._left.pop(one.slot, None)
+        self.cache.clear(one.slot)
+
+    def _take_over(self) -> None:
+        """Give prefixes that were waited for."""
+        for one in self._running.values():
+            other = one.waits_for
+            if other is None:
+                continue
+            if self._running.get(other.slot) is not other or (
+                other.read >= one.waits_until and not self.cache.is_whole(other.slot)
+            ):
+                one.waits_for = None  # gone, or let go of some: read it oneself
+            elif other.read >= one.waits_until:
+                one.waits_for = None
+                self._copy(other.slot, one, one.waits_until)
+
+    def _copy(self, source: int, one: Running, tokens: int) -> None:
+        if source != one.slot:
+            self._left.pop(one.slot, None)
+            self.cache.clear(one.slot)
+            self.cache.copy(source, one.slot)
+        before = torch.from_numpy(one.request.prompt.input_ids[max(0, tokens - self._reach) : tokens]).long()
+        with torch.no_grad():
+            self.cache.truncate(one.slot, tokens, self.decoder.embed_tokens(before))
+        one.read = one.answer.shared_tokens = tokens
+
+    @property
+    def _reach(self) -> int:
+        return (self.decoder.config.embedding_conv_tokens or 1) - 1
+
+    def _common(self, one: Running, of: np.ndarray) -> int:
+        """Tokens that both begin with: less than the whole prompt, and cut where it may be cut and embeddings before
+        are text's."""
+        most = min(len(one.contents) - 1, len(of))
+        differ = np.flatnonzero(one.contents[:most] != of[:most])
+        common = int(differ[0]) if len(differ) else most
+        modality = one.request.prompt.modality
+        while common and (one.glued[common] or modality[max(0, common - self._reach) : common].any()):
+            common -= 1
+        return common
+
+    def _release(self, slot: int, keep: bool) -> None:
+        one = self._running.pop(slot)
+        if keep and not one.is_reading and self.cache.is_whole(slot) and self.draft is None:
+            cached = self.cache.lengths[slot]
+            self._left[slot] = np.concatenate([one.contents, np.asarray(one.answer.ids, np.int64)])[:cached]
+        else:
+            self.cache.clear(slot)
+        if self.draft is not None:
+            self.draft.clear(slot)
