@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from writing import KINDS, mixed_prompts, prompt, read, uncached, words
+from writing import KINDS, mixed_prompts, prompt, uncached, words
 
 from omniloom.errors import ConfigError
 from omniloom.generate.config import CacheConfig
-from omniloom.generate.forward import Piece, forward
+from omniloom.generate.forward import Piece, forward, read
 from omniloom.generate.kv_cache import KVCache
 from tiny_decoders import tiny_decoder
 

@@ -1,15 +1,31 @@
 """Decoders of every kind of attention, prompts for them, and greedy decoding without any cache."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from omniloom.generate.forward import Piece, chunk_end, forward, glued
-from omniloom.generate.kv_cache import KVCache
+from omniloom.modality.config import AudioConfig, ImageConfig, ModalityConfig, VideoConfig
 from omniloom.modality.sequence import Document
+from omniloom.modality.text import train_tokenizer
 from omniloom.model.decoder import Decoder
-from tiny_decoders import all_logits, batch_of, document, film, picture, sound, text
+from omniloom.model.load import save_model
+from tiny_decoders import (
+    FRAMES_PER_TOKEN,
+    MELS,
+    PATCH_PIXELS,
+    all_logits,
+    batch_of,
+    document,
+    film,
+    picture,
+    sound,
+    text,
+    tiny_decoder,
+)
 
 SPARSE = {"attention_pattern": "sparse", "window_tokens": 5, "global_stride": 2, "max_global_tokens": 3}
 YARN = {"yarn_factor": 4.0, "yarn_original_tokens": 16}
@@ -74,12 +90,20 @@ def _followed(fields: dict[str, torch.Tensor], ids: list[int]) -> dict[str, torc
     return grown
 
 
-def read(decoder: Decoder, cache: KVCache, slot: int, start: Document, chunk: int) -> torch.Tensor:
-    """Put a prompt into a slot, chunk by chunk: what comes next, (V,)."""
-    done, parted = 0, glued(start, decoder.config)
-    while done < len(start):
-        end = chunk_end(parted, done, chunk)
-        passed = forward(decoder, cache, [Piece(slot, start.window(done, end))])
-        cache.settle(slot)
-        done = end
-    return passed.logits[0][0]
+VOCABULARY = 300
+RULES = ModalityConfig(
+    ImageConfig(size_pixels=4, patch_pixels=PATCH_PIXELS),
+    AudioConfig(mels=MELS, frames_per_token=FRAMES_PER_TOKEN),
+    VideoConfig(size_pixels=4, patch_pixels=PATCH_PIXELS),
+)
+
+
+def save_writer(folder: Path, kind: str = "latent", seed: int = 0, **changes: Any) -> Path:
+    """A model folder of one of KINDS, that reads text, pictures, sound and video."""
+    decoder = tiny_decoder(seed, **KINDS[kind] | {"vocab_size": VOCABULARY} | changes)
+    save_model(folder, decoder.config, decoder.state_dict())
+    train_tokenizer(iter(["the cat sat on the mat and the dog sat on the log " * 4]), VOCABULARY).save(
+        folder / "tokenizer.json"
+    )
+    (folder / "modality.json").write_text(json.dumps(asdict(RULES)))
+    return folder

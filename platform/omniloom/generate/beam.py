@@ -7,7 +7,7 @@ import torch
 
 from omniloom.errors import ConfigError
 from omniloom.generate.config import CacheConfig
-from omniloom.generate.forward import Piece, chunk_end, forward, glued
+from omniloom.generate.forward import Piece, forward, read
 from omniloom.generate.kv_cache import KVCache
 from omniloom.generate.request import Answer, Request
 from omniloom.generate.sampling import log_shares
@@ -18,8 +18,9 @@ from omniloom.model.decoder import Decoder
 def search(
     decoder: Decoder, text: TextTokenizer, request: Request, cache: CacheConfig, prefill_tokens: int = 2_048
 ) -> list[Answer]:
-    """The answers of the `beams` best scores found, best first; score = Σ log p / length^penalty, eos counted (Wu et al.
-    2016, eq. 14, with the length itself).
+    """The answers of the `beams` best scores found, best first; score = Σ log p / length^penalty, eos counted.
+
+    Wu et al. 2016, eq. 14, with the length itself.
 
     At each step every live beam's every next token competes; of the best 2·B those that end are done, the B best others
     live on. It ends at max_new_tokens, or when no live beam can still beat the worst of B done ones. Raises ConfigError
@@ -35,7 +36,7 @@ def search(
         )
     longest = min(decoding.max_new_tokens, room)
     kv, done = KVCache(decoder, cache, width), []
-    log_BV = _read(decoder, kv, request, prefill_tokens)
+    log_BV = log_shares(read(decoder, kv, 0, request.prompt, prefill_tokens)[None])[0]
     live = [Answer(prompt_tokens=len(request.prompt))]
 
     def score(answer: Answer) -> float:
@@ -78,14 +79,3 @@ def search(
     for answer in answers:
         answer.text = text.decode(answer.ids)
     return answers
-
-
-def _read(decoder: Decoder, kv: KVCache, request: Request, prefill_tokens: int) -> torch.Tensor:
-    """Read the prompt into slot 0: what comes next, (1, V)."""
-    read, parted = 0, glued(request.prompt, decoder.config)
-    while read < len(parted):
-        end = chunk_end(parted, read, prefill_tokens)
-        passed = forward(decoder, kv, [Piece(0, request.prompt.window(read, end), 1, True)])
-        kv.settle(0)
-        read = end
-    return log_shares(passed.logits[0])[0]

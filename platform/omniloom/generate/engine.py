@@ -13,11 +13,12 @@ from torch import Tensor
 
 from omniloom.errors import ConfigError
 from omniloom.generate.config import EngineConfig
-from omniloom.generate.forward import Piece, chunk_end, forward, glued
+from omniloom.generate.forward import Piece, chunk_end, forward, glued, read
 from omniloom.generate.kv_cache import KVCache
 from omniloom.generate.request import Answer, Event, Request, Stopper, contents
 from omniloom.generate.sampling import distributions, draw, log_shares, uniform
 from omniloom.generate.speculative import Asked, Drafter, accept
+from omniloom.modality.sequence import Document
 from omniloom.modality.text import TextTokenizer
 from omniloom.model.decoder import Decoder
 
@@ -35,6 +36,7 @@ class Running:
     glued: np.ndarray
     answer: Answer
     stopper: Stopper
+    begins: int = 0  # tokens of the conversation before it
     read: int = 0  # tokens of the prompt that are cached
     waits_for: "Running | None" = None  # until that one has read the prefix that both share
     waits_until: int = 0
@@ -53,12 +55,13 @@ class Engine:
     """
 
     def __init__(
-        self, decoder: Decoder, text: TextTokenizer, config: EngineConfig | None = None, draft: Drafter | None = None
+        self, decoder: Decoder, text: TextTokenizer, config: EngineConfig | None = None, observes: bool = False
     ) -> None:
         self.config = config or EngineConfig()
         self.config.check()
-        self.decoder, self.text, self.draft = decoder, text, draft
-        self.cache = KVCache(decoder, self.config.cache, self.config.batch_size)
+        self.decoder, self.text = decoder, text
+        self.draft: Drafter | None = None
+        self.cache = KVCache(decoder, self.config.cache, self.config.batch_size, observes)
         self._running: dict[int, Running] = {}  # by slot
         self._left: dict[int, np.ndarray] = {}  # contents of free slots, of prompts that were read whole
 
@@ -83,11 +86,16 @@ class Engine:
             for slot in list(self._running):
                 self._release(slot, keep=False)
 
+    def read(self, document: Document) -> Tensor:
+        """Put a document behind what the first slot holds: what comes next, (V,)."""
+        return read(self.decoder, self.cache, 0, document, self.config.prefill_tokens)
+
     def _check(self, request: Request) -> None:
         request.decoding.check()
         tokens, context = len(request.prompt), self.decoder.config.max_position_embeddings
         if not tokens:
             raise ConfigError("the prompt is empty: a model goes on from something, if only from bos")
+        tokens += self.cache.lengths[0] if request.goes_on else 0
         if tokens >= context:
             raise ConfigError(
                 f"a prompt of {tokens:,} tokens leaves no room in the model's context: model.max_position_embeddings="
@@ -97,7 +105,7 @@ class Engine:
             raise ConfigError(f"beams={request.decoding.beams}: beam search is one request's: beam.search")
 
     def _admit(self, number: int, request: Request) -> None:
-        slot = next(slot for slot in range(self.config.batch_size) if slot not in self._running)
+        slot = 0 if request.goes_on else next(s for s in range(self.config.batch_size) if s not in self._running)
         of = contents(request.prompt)
         one = Running(
             number,
@@ -107,8 +115,11 @@ class Engine:
             glued(request.prompt, self.decoder.config),
             Answer(prompt_tokens=len(of)),
             Stopper(request.decoding.stop, self.text.decoding()),
+            self.cache.lengths[slot] if request.goes_on else 0,
         )
-        if self.draft is None:  # which would have to take over what it read, too
+        if request.goes_on:
+            pass
+        elif self.draft is None:  # which would have to take over what it read, too
             self._share_prefix(one)
         else:
             self.cache.clear(slot)
@@ -150,10 +161,50 @@ class Engine:
         return pieces, taking
 
     def _choose(self, choosing: list[tuple[Running, Tensor]]) -> Iterator[Event]:
+        """The next token of each, and with guesses those after it that were guessed right."""
+        if not choosing:
+            return
+        plain = [(one, logits_TV) for one, logits_TV in choosing if not one.drafts]
+        chosen = {one.slot: [id] for (one, _), id in zip(plain, self._draw(plain), strict=True)}
         for one, logits_TV in choosing:
-            yield from self._choose_one(one, logits_TV)
+            if one.drafts:
+                chosen[one.slot] = self._judge(one, logits_TV)
+        log_NV, entropy_N = log_shares(torch.cat([logits_TV for _, logits_TV in choosing]))
+        taken = [id for one, logits in choosing for id in _filled(chosen[one.slot], len(logits))]
+        logprobs = log_NV.gather(-1, torch.tensor(taken, device=log_NV.device)[:, None])[:, 0].tolist()
+        entropies, at = entropy_N.tolist(), 0
+        for one, logits_TV in choosing:
+            self.cache.settle(one.slot)
+            for step, id in enumerate(chosen[one.slot], start=at):
+                text = self._append(one, id, logprobs[step], entropies[step])
+                yield Event(one.number, text, one.answer)
+                if one.answer.finish:
+                    self._release(one.slot, keep=True)
+                    break
+            at += len(logits_TV)
         if self.draft is not None:
             self._guess([one for one, _ in choosing if self._running.get(one.slot) is one], self.draft)
+
+    def _draw(self, plain: list[tuple[Running, Tensor]]) -> list[int]:
+        if not plain:
+            return []
+        decodings = [one.request.decoding for one, _ in plain]
+        occurred = [self._occurred(one) for one, _ in plain]
+        share_BV = distributions(torch.cat([logits_1V for _, logits_1V in plain]), decodings, occurred)
+        return draw(share_BV, [uniform(one.request.decoding.seed, len(one.answer.ids)) for one, _ in plain])
+
+    def _judge(self, one: Running, logits_TV: Tensor) -> list[int]:
+        """Guesses that were right and one token more; what the cache has of wrong ones is taken back."""
+        assert self.draft is not None
+        first, drafts = len(one.answer.ids), one.drafts
+        guessed = self.draft.shares(one.slot)
+        chosen = accept(logits_TV, drafts, guessed, one.request.decoding, self._occurred(one), first)
+        one.answer.drafted += len(drafts)
+        one.answer.accepted += len(chosen) - 1
+        if len(chosen) <= len(drafts):
+            self.cache.truncate(one.slot, self.cache.lengths[one.slot] - len(drafts) + len(chosen) - 1)
+        one.drafts = []
+        return chosen
 
     def _guess(self, going: list[Running], draft: Drafter) -> None:
         """Have the next tokens guessed, as many as may still come."""
@@ -162,32 +213,6 @@ class Engine:
             left = one.request.decoding.max_new_tokens - len(one.answer.ids) - 1
             room = self.decoder.config.max_position_embeddings - self.cache.lengths[one.slot] - 1
             one.drafts = guessed[: max(0, min(left, room))]
-
-    def _choose_one(self, one: Running, logits_TV: Tensor) -> Iterator[Event]:
-        """The next token, and with drafts those after it that were guessed right."""
-        decoding, slot = one.request.decoding, one.slot
-        first = len(one.answer.ids)
-        occurred = self._occurred(one)
-        if one.drafts:
-            guesses = self.draft.shares(slot) if self.draft is not None else []
-            chosen = accept(logits_TV, one.drafts, guesses, decoding, occurred, first)
-            one.answer.drafted += len(one.drafts)
-            one.answer.accepted += len(chosen) - 1
-            wrong = len(one.drafts) - (len(chosen) - 1)
-            if wrong:
-                self.cache.truncate(slot, self.cache.lengths[slot] - wrong)
-        else:
-            share_BV = distributions(logits_TV, [decoding], [occurred])
-            chosen = [draw(share_BV[0], uniform(decoding.seed, first))]
-        one.drafts = []
-        log_TV, entropy_T = log_shares(logits_TV)
-        self.cache.settle(slot)
-        for step, id in enumerate(chosen):
-            text = self._append(one, id, float(log_TV[step, id]), float(entropy_T[step]))
-            yield Event(one.number, text, one.answer)
-            if one.answer.finish:
-                self._release(slot, keep=True)
-                return
 
     def _append(self, one: Running, id: int, logprob: float, entropy: float) -> str:
         """Put a token behind the answer and say how it ends, if it does; the text it completes."""
@@ -200,7 +225,7 @@ class Engine:
             text = one.stopper.rest()
         else:
             text = one.stopper.take(id)
-            whole = len(one.request.prompt) + len(answer.ids)
+            whole = one.begins + len(one.request.prompt) + len(answer.ids)
             if one.stopper.stopped:
                 answer.finish = "stop"
             elif len(answer.ids) == decoding.max_new_tokens or whole == self.decoder.config.max_position_embeddings:
@@ -276,6 +301,8 @@ class Engine:
 
     def _release(self, slot: int, keep: bool) -> None:
         one = self._running.pop(slot)
+        if one.request.goes_on:
+            return
         if keep and not one.is_reading and self.cache.is_whole(slot) and self.draft is None:
             cached = self.cache.lengths[slot]
             self._left[slot] = np.concatenate([one.contents, np.asarray(one.answer.ids, np.int64)])[:cached]
@@ -283,3 +310,8 @@ class Engine:
             self.cache.clear(slot)
         if self.draft is not None:
             self.draft.clear(slot)
+
+
+def _filled(ids: list[int], length: int) -> list[int]:
+    """Ids, and any one for what is not chosen."""
+    return [*ids, *[0] * (length - len(ids))]

@@ -52,6 +52,17 @@ def forward(decoder: Decoder, cache: KVCache, pieces: list[Piece]) -> Passed:
     return Passed(list(logits), list(hidden), list(embedded))
 
 
+def read(decoder: Decoder, cache: KVCache, slot: int, document: Document, chunk_tokens: int) -> Tensor:
+    """Put a document behind what is cached of a slot's sequence, chunk by chunk: logits of what comes next, (V,)."""
+    parted, done = glued(document, decoder.config), 0
+    while done < len(document):
+        end = chunk_end(parted, done, chunk_tokens)
+        passed = forward(decoder, cache, [Piece(slot, document.window(done, end), is_prompt=True)])
+        cache.settle(slot)
+        done = end
+    return passed.logits[0][0]
+
+
 def _fields(pieces: list[Piece], config: ModelConfig) -> dict[str, Tensor]:
     if all(isinstance(piece.tokens, list) for piece in pieces):  # no media: the usual step, kept short
         lengths = torch.tensor([len(piece.tokens) for piece in pieces])

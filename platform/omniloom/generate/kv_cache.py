@@ -3,7 +3,7 @@
 B sequences, N new tokens of all, D model width, K tokens of the embeddings' convolution.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -97,7 +97,7 @@ class KVCache:
             self.lengths[slot] += tokens
         self._tell_layers(slot for slot, _ in self._batch)
 
-    def _tell_layers(self, slots: Iterator[int]) -> None:
+    def _tell_layers(self, slots: Iterable[int]) -> None:
         for slot in slots:
             for layer in self.layers:
                 layer.begins[slot] = self.lengths[slot]
@@ -111,6 +111,42 @@ class KVCache:
             if heavy is not None and layer.held[slot] > heavy + recent:
                 # Half of the newest go at once, so that it is seldom.
                 layer.keep_heavy(slot, heavy, max(1, recent // 2) if lazily else recent)
+
+    def pin(self, slot: int, begin: int, end: int) -> None:
+        """Keep what stands at indices `begin` … `end` − 1 of a slot's sequence, whatever goes."""
+        for layer in self.layers:
+            layer.pin(slot, begin, end)
+
+    def condense(self, slot: int, heavy_tokens: int, recent_tokens: int) -> None:
+        """Make room in the context: of a slot's sequence stay what is pinned, the heavy and the newest, which close
+        ranks.
+
+        Full attention sees all of them, next to each other. Sparse attention sees beyond its window multiples of the
+        stride alone: what is older stands there. Raises ConfigError unless positions are RoPE's, whose keys can turn.
+        """
+        if self.model.position != "rope":
+            raise ConfigError(
+                f"a conversation over the context of {self.model.max_position_embeddings:,} tokens cannot go on with "
+                f"model.position={self.model.position}: only RoPE's keys can be moved"
+            )
+        for layer in self.layers:
+            layer.keep_heavy(slot, heavy_tokens, recent_tokens)
+        places = self._places(slot, recent_tokens)
+        for layer in self.layers:
+            layer.renumber(slot, places)
+        self.lengths[slot] = int(places[-1]) + 1
+        self._tell_layers([slot])
+
+    def _places(self, slot: int, recent_tokens: int) -> Tensor:
+        """New indices of what a slot holds, the same number in every layer."""
+        (held,) = {layer.held[slot] for layer in self.layers}
+        closed = torch.arange(held, device=self._device)
+        if self.model.attention_pattern != "sparse":
+            return closed
+        older, stride = max(0, held - recent_tokens), self.model.global_stride
+        while (older * stride + recent_tokens) // stride >= self.model.max_global_tokens:
+            stride *= 2
+        return torch.cat([closed[:older] * stride, older * stride + closed[: held - older]])
 
     # Slots.
 
@@ -162,6 +198,23 @@ class KVCache:
     def bytes_per_token(self, slot: int) -> float:
         """What a token of a slot's sequence has left there, on average: the planner's figure."""
         return self.bytes_held(slot) / self.lengths[slot]
+
+    def state(self, slot: int) -> dict[str, Tensor]:
+        """All that a slot has, to be kept elsewhere."""
+        layers = {
+            f"layer.{number}.{name}": x for number, one in enumerate(self.layers) for name, x in one.state(slot).items()
+        }
+        tail = self.tails[slot]
+        length = {"length": torch.tensor(self.lengths[slot])}
+        return layers | length | ({} if tail is None else {"tail": tail.clone()})
+
+    def restore(self, slot: int, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave, into a cache of the same model and configuration."""
+        for number, layer in enumerate(self.layers):
+            begin = f"layer.{number}."
+            layer.restore(slot, {name.removeprefix(begin): x for name, x in state.items() if name.startswith(begin)})
+        self.lengths[slot], self.tails[slot] = int(state["length"]), state.get("tail")
+        self._tell_layers([slot])
 
 
 def groups_of(batch: Sequence[tuple[int, int]]) -> list[Group]:

@@ -162,25 +162,28 @@ class LayerCache:
             marks[slot, len(kept) : held] = empty
         self.held[slot] = len(kept)
 
-    def renumber(self, slot: int) -> None:
-        """Close the gaps: positions count on without one up to the next token's, and keys are turned to them.
+    def pin(self, slot: int, begin: int, end: int) -> None:
+        """Keep what stands at indices `begin` … `end` − 1 whatever goes."""
+        index = self.index[slot]
+        self.pinned[slot] |= (index >= begin) & (index < end)
 
-        A key was turned to index i by RoPE; turning it on by j − i is turning it to j.
+    def renumber(self, slot: int, places: Tensor) -> None:
+        """Give the kept positions other indices, (S,) ascending; keys are turned to them.
+
+        A key was turned to index i by RoPE; turning it on by j − i is turning it to j. Recent queries are forgotten:
+        they were asked from the old places.
         """
-        held, latent = self.held[slot], self.config.attention == "latent"
-        if not held:
-            return
-        index = self.index[slot, :held].clone()
-        closed = torch.arange(held, device=index.device)
-        storage = self.kept[1 if latent else 0]
-        turning = storage.read(slot, slot + 1, held).float()
-        x_SKR, rest = turning[0].split([self.config.rotary_width, turning.shape[-1] - self.config.rotary_width], dim=-1)
-        shape = x_SKR.shape
-        table = rope_table((closed - index)[None], self.config)
+        held = self.held[slot]
+        storage = self.kept[1 if self.config.attention == "latent" else 0]
+        key_1Sd = storage.read(slot, slot + 1, held).float()
+        width = self.config.rotary_width
+        turned, rest = key_1Sd.split([width, key_1Sd.shape[-1] - width], dim=-1)
+        table = rope_table((places - self.index[slot, :held])[None], self.config)
         table = table / table.abs()  # YaRN's factor is in the key already
-        turned = apply_rope(x_SKR.reshape(1, held, -1, shape[-1]), table, self.config.rope_interleave)
-        storage.write(slot, slice(0, held), torch.cat([turned.reshape(shape), rest], dim=-1))
-        self.index[slot, :held] = closed
+        on = apply_rope(turned.reshape(1, held, -1, width), table, self.config.rope_interleave).view_as(turned)
+        storage.write(slot, slice(0, held), torch.cat([on, rest], dim=-1)[0])
+        self.index[slot, :held] = places
+        self.queries[slot] = None
 
     # Slots.
 

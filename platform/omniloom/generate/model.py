@@ -77,9 +77,9 @@ class WritingModel(Model):
         """Every token as it comes."""
         return self.engine(engine, draft).stream(requests)
 
-    def engine(self, config: EngineConfig, draft: Model | None = None) -> Engine:
+    def engine(self, config: EngineConfig, draft: Model | None = None, observes: bool = False) -> Engine:
         """What decodes requests with this model."""
-        engine = Engine(self.decoder, self.prompter.text, config)
+        engine = Engine(self.decoder, self.prompter.text, config, observes)
         engine.draft = self._drafter(config, engine.cache, draft)
         return engine
 

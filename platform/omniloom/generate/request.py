@@ -13,10 +13,11 @@ from omniloom.modality.sequence import AUDIO, IMAGE, VIDEO, Document
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, bos and all, and how it goes on."""
+    """A prompt, bos and all, and how it goes on; or what comes behind a conversation that the first slot holds."""
 
     prompt: Document
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    goes_on: bool = False
 
 
 @dataclass

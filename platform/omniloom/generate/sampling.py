@@ -20,28 +20,32 @@ def distributions(logits_BV: Tensor, configs: Sequence[SamplingConfig], occurred
     (penalty), Fan et al. 2018 (top-k), Holtzman et al. 2020 (nucleus: the smallest set whose mass reaches p, the
     likeliest always in it), Nguyen et al. 2024 (min-p, relative to the likeliest).
     """
-    rows = [
-        _distribution(logits_V.float(), config, ids)
-        for logits_V, config, ids in zip(logits_BV, configs, occurred, strict=True)
-    ]
-    return torch.stack(rows)
+    logits_BV = logits_BV.float()
+    if any(config.repetition_penalty != 1.0 for config in configs):
+        each = zip(logits_BV, configs, occurred, strict=True)
+        logits_BV = torch.stack([penalised(row, ids, config.repetition_penalty) for row, config, ids in each])
+    numbers = [(c.temperature or 1.0, c.top_k or logits_BV.shape[1], c.top_p, c.min_p) for c in configs]
+    temperature, top_k, top_p, min_p = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device).T[..., None]
+    # In float64: a tiny temperature must not make infinities.
+    share_BV = ((logits_BV.double() - logits_BV.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if any(c.top_k is not None or c.top_p < 1.0 for c in configs):
+        share_BV = _likeliest(share_BV, top_k.long(), top_p)
+    share_BV = share_BV.where(share_BV >= min_p * share_BV.amax(-1, keepdim=True), 0.0)
+    greedy_B1 = torch.tensor([[c.temperature == 0.0] for c in configs], device=logits_BV.device)
+    best_BV = torch.zeros_like(share_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    return torch.where(greedy_B1, best_BV, share_BV / share_BV.sum(-1, keepdim=True)).float()
 
 
-def _distribution(logits_V: Tensor, config: SamplingConfig, occurred: Tensor) -> Tensor:
-    if config.repetition_penalty != 1.0:
-        logits_V = penalised(logits_V, occurred, config.repetition_penalty)
-    if config.temperature == 0.0:
-        return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
-    # Divided in float64: a tiny temperature must not make infinities.
-    share_V = ((logits_V.double() - logits_V.max()) / config.temperature).softmax(-1)
-    if config.top_k is not None and config.top_k < len(share_V):
-        share_V = share_V.where(share_V >= share_V.topk(config.top_k).values[-1], 0.0)
-        share_V = share_V / share_V.sum()
-    if config.top_p < 1.0:
-        share_V = nucleus(share_V, config.top_p)
-    if config.min_p > 0.0:
-        share_V = share_V.where(share_V >= config.min_p * share_V.max(), 0.0)
-    return (share_V / share_V.sum()).float()
+def _likeliest(share_BV: Tensor, top_k_B1: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The top k, and of them the smallest set whose mass reaches p; 0 elsewhere."""
+    ordered = share_BV.sort(dim=-1, descending=True, stable=True)
+    least_B1 = ordered.values.gather(-1, (top_k_B1 - 1).clamp(max=share_BV.shape[1] - 1))
+    top_BV = ordered.values.where(ordered.values >= least_B1, 0.0)
+    top_BV = top_BV / top_BV.sum(-1, keepdim=True)
+    before_BV = top_BV.cumsum(-1) - top_BV
+    before_BV[:, 0] = 0.0
+    kept_BV = (top_BV > 0) & (before_BV < top_p_B1)
+    return torch.zeros_like(share_BV).scatter_(1, ordered.indices, top_BV.where(kept_BV, 0.0))
 
 
 def penalised(logits_V: Tensor, occurred: Tensor, penalty: float) -> Tensor:
@@ -49,16 +53,6 @@ def penalised(logits_V: Tensor, occurred: Tensor, penalty: float) -> Tensor:
     ids = occurred.unique()
     logits = logits_V[ids]
     return logits_V.index_copy(0, ids, torch.where(logits > 0, logits / penalty, logits * penalty))
-
-
-def nucleus(share_V: Tensor, top_p: float) -> Tensor:
-    """The smallest set of likeliest tokens whose mass reaches `top_p`, renormalised; the others 0."""
-    ordered = share_V.sort(descending=True, stable=True)
-    before = ordered.values.cumsum(-1) - ordered.values
-    kept = torch.zeros_like(share_V, dtype=torch.bool).index_copy(0, ordered.indices, before < top_p)
-    kept[ordered.indices[0]] = True
-    share_V = share_V.where(kept, 0.0)
-    return share_V / share_V.sum()
 
 
 def uniform(seed: int, index: int, use: int = 0) -> float:
@@ -71,11 +65,13 @@ def uniform(seed: int, index: int, use: int = 0) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def draw(share_V: Tensor, number: float) -> int:
-    """The token at whose share of [0, 1) `number` lies; none with share 0."""
-    summed_V = share_V.double().cumsum(-1)
-    at = int(torch.searchsorted(summed_V, summed_V[-1] * number, right=True))
-    return min(at, int(share_V.nonzero()[-1]))
+def draw(share_BV: Tensor, numbers: Sequence[float]) -> list[int]:
+    """The token of each row at whose share of [0, 1) its number lies; none with share 0."""
+    summed_BV = share_BV.double().cumsum(-1)
+    at_B1 = torch.searchsorted(summed_BV, summed_BV[:, -1:] * summed_BV.new_tensor(numbers)[:, None], right=True)
+    # Past what is drawn from, where rounding leads there.
+    last_B1 = summed_BV.shape[1] - 1 - (share_BV > 0).flip(-1).byte().argmax(-1, keepdim=True)
+    return torch.minimum(at_B1, last_B1)[:, 0].tolist()
 
 
 def log_shares(logits_BV: Tensor) -> tuple[Tensor, Tensor]:

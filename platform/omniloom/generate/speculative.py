@@ -56,21 +56,15 @@ def accept(
     max(0, p − q), normalised; after the last comes a draw from p. `logits_TV` are those after the token before and
     after each guess, `first` the index of the first guess in the answer.
     """
-    chosen: list[int] = []
-    for step, logits_V in enumerate(logits_TV):
-        share_V = distributions(logits_V[None], [config], [occurred])[0]
-        index = first + step
-        if step == len(drafts):
-            return [*chosen, draw(share_V, uniform(config.seed, index))]
-        guess, guessed_V = drafts[step], guessed[step]
-        if uniform(config.seed, index, JUDGED) * float(guessed_V[guess]) >= float(share_V[guess]):
+    before = [torch.cat([occurred, occurred.new_tensor(drafts[:step])]) for step in range(len(logits_TV))]
+    share_TV = distributions(logits_TV, [config] * len(logits_TV), before)
+    for step, (guess, guessed_V, share_V) in enumerate(zip(drafts, guessed, share_TV, strict=False)):
+        if uniform(config.seed, first + step, JUDGED) * float(guessed_V[guess]) >= float(share_V[guess]):
             rest_V = (share_V - guessed_V).clamp(min=0)
             # Rounding can leave nothing where p and q are one.
-            return [*chosen, draw(rest_V if rest_V.any() else share_V, uniform(config.seed, index))]
-        chosen.append(guess)
-        if len(occurred):
-            occurred = torch.cat([occurred, occurred.new_tensor([guess])])
-    return chosen
+            anew_V = rest_V if rest_V.any() else share_V
+            return [*drafts[:step], *draw(anew_V[None], [uniform(config.seed, first + step)])]
+    return [*drafts, *draw(share_TV[-1:], [uniform(config.seed, first + len(drafts))])]
 
 
 class _Guesses:
@@ -88,8 +82,12 @@ class _Guesses:
             for one, ids in zip(self.asked, self.ids, strict=True)
         ]
         share_BV = distributions(logits_BV, [one.decoding for one in self.asked], occurred)
-        for one, share_V, ids, shares in zip(self.asked, share_BV, self.ids, self.shares, strict=True):
-            ids.append(draw(share_V, uniform(one.decoding.seed, len(one.ids) + len(ids), GUESSED)))
+        numbers = [
+            uniform(one.decoding.seed, len(one.ids) + len(ids), GUESSED)
+            for one, ids in zip(self.asked, self.ids, strict=True)
+        ]
+        for id, share_V, ids, shares in zip(draw(share_BV, numbers), share_BV, self.ids, self.shares, strict=True):
+            ids.append(id)
             shares.append(share_V)
 
 
