@@ -21,10 +21,8 @@ CPU = torch.device("cpu")
 def one_layer_of(name: str) -> tuple[Decoder, ModelConfig]:
     """A decoder with the preset's attention in its one layer, everything else small; and the preset."""
     whole = preset(name)
-    slim = {
-        "num_hidden_layers": 1, "hidden_size": 256, "vocab_size": 64, "first_k_dense_replace": 1, "n_routed_experts": 0, "intermediate_size": 8,
-        "num_nextn_predict_layers": 0,
-    }  # fmt: skip
+    slim = {"num_hidden_layers": 1, "hidden_size": 256, "vocab_size": 64, "num_nextn_predict_layers": 0}
+    slim |= {"first_k_dense_replace": 1, "n_routed_experts": 0, "intermediate_size": 8}
     return Decoder(ModelConfig(**vars(whole) | slim)).eval(), whole
 
 

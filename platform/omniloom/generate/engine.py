@@ -153,8 +153,7 @@ class Engine:
             elif one.waits_for is None and room > 0:
                 end = chunk_end(one.glued, one.read, room)
                 room -= end - one.read
-                window = one.request.prompt.window(one.read, end)
-                pieces.append(Piece(slot, window if window.modality.any() else window.input_ids.tolist(), 1, True))
+                pieces.append(Piece(slot, one.request.prompt.window(one.read, end), is_prompt=True))
             else:
                 continue
             taking.append(one)

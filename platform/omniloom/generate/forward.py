@@ -64,14 +64,22 @@ def read(decoder: Decoder, cache: KVCache, slot: int, document: Document, chunk_
 
 
 def _fields(pieces: list[Piece], config: ModelConfig) -> dict[str, Tensor]:
-    if all(isinstance(piece.tokens, list) for piece in pieces):  # no media: the usual step, kept short
+    plain = [_plain_ids(piece.tokens) for piece in pieces]
+    if None not in plain:  # no media: the usual step, kept short
+        ids = torch.tensor([id for one in plain if one is not None for id in one])
         lengths = torch.tensor([len(piece.tokens) for piece in pieces])
-        ids = torch.tensor([id for piece in pieces for id in piece.tokens])  # type: ignore[union-attr]
         return text_fields(ids[None], config) | {"document": torch.arange(len(pieces)).repeat_interleave(lengths)[None]}
     documents = [as_document(piece.tokens, config) for piece in pieces]
     row = lay_row([(one, 0) for one in documents], sum(map(len, documents)), 0, Widths(*config.widths))
     fields = stack_rows([row])
     return {name: fields[name] for name in MODEL_INPUTS}
+
+
+def _plain_ids(tokens: Document | list[int]) -> list[int] | None:
+    """The ids, where they are text's alone."""
+    if isinstance(tokens, Document):
+        return None if tokens.modality.any() else tokens.input_ids.tolist()
+    return tokens
 
 
 def as_document(tokens: Document | list[int], config: ModelConfig) -> Document:
