@@ -10,7 +10,7 @@ from omniloom.generate.engine import Engine
 from omniloom.generate.request import Request, Stopper
 from omniloom.generate.speculative import ModelDrafter, ModulesDrafter
 from omniloom.modality.text import TextTokenizer, train_tokenizer
-from tiny_decoders import document, picture, sound, tiny_decoder
+from tiny_decoders import document, picture, sound, text, tiny_decoder
 
 VOCABULARY = 300
 
@@ -160,3 +160,17 @@ def test_guesses_of_a_model_change_nothing_of_a_greedy_answer(tokens, tokenizer)
         answers = engine.generate(requests)
         assert [one.ids for one in answers] == [uncached(decoder, one, 14)[0] for one in starts]
         assert all((one.accepted == one.drafted) == right for one in answers)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "sparse latent", "convolution"])
+def test_what_goes_on_from_an_answer_reads_only_what_is_new(kind, tokenizer):
+    """As a chat's next turn does; of sparse attention too, which has let go of some by then."""
+    decoder, decoding = decoder_of(kind), DecodingConfig(max_new_tokens=8, ignore_eos=True)
+    engine, first = engine_of(decoder, tokenizer, batch_size=1), [words(19, 1)]
+    whole = document(*first)
+    answer = engine.generate([Request(whole.window(0, len(whole) - 1), decoding)])[0]
+    whole = document(*first, text(answer.ids, is_target=False), words(5, 2))
+    start = whole.window(0, len(whole) - 1)
+    again = engine.generate([Request(start, decoding)])[0]
+    assert again.shared_tokens == 20 + 7  # the answer's last token was not read yet
+    assert again.ids == uncached(decoder, start, 8)[0]

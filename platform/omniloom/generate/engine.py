@@ -105,7 +105,8 @@ class Engine:
             raise ConfigError(f"beams={request.decoding.beams}: beam search is one request's: beam.search")
 
     def _admit(self, number: int, request: Request) -> None:
-        slot = 0 if request.goes_on else next(s for s in range(self.config.batch_size) if s not in self._running)
+        free = [slot for slot in range(self.config.batch_size) if slot not in self._running]
+        slot = 0 if request.goes_on else min(free, key=lambda slot: slot in self._left)  # what may be wanted goes last
         of = contents(request.prompt)
         one = Running(
             number,
@@ -253,7 +254,7 @@ class Engine:
                 best, shared, left_from = other, common, None
         if best is not None:
             one.waits_for, one.waits_until = best, shared
-        elif left_from is not None and self.cache.is_whole(left_from):
+        elif left_from is not None and self._may_cut(left_from, shared):
             self._copy(left_from, one, shared)
             return
         self._left.pop(one.slot, None)
@@ -266,12 +267,17 @@ class Engine:
             if other is None:
                 continue
             if self._running.get(other.slot) is not other or (
-                other.read >= one.waits_until and not self.cache.is_whole(other.slot)
+                other.read >= one.waits_until and not self._may_cut(other.slot, one.waits_until)
             ):
                 one.waits_for = None  # gone, or let go of some: read it oneself
             elif other.read >= one.waits_until:
                 one.waits_for = None
                 self._copy(other.slot, one, one.waits_until)
+
+    def _may_cut(self, slot: int, tokens: int) -> bool:
+        """Whether a slot has all that its first `tokens` left, as if nothing had come after them."""
+        cache = self.cache
+        return cache.is_whole(slot) or (cache.lengths[slot] == tokens and self.config.cache.heavy_tokens is None)
 
     def _copy(self, source: int, one: Running, tokens: int) -> None:
         if source != one.slot:
@@ -302,7 +308,7 @@ class Engine:
         one = self._running.pop(slot)
         if one.request.goes_on:
             return
-        if keep and not one.is_reading and self.cache.is_whole(slot) and self.draft is None:
+        if keep and not one.is_reading and self.config.cache.heavy_tokens is None and self.draft is None:
             cached = self.cache.lengths[slot]
             self._left[slot] = np.concatenate([one.contents, np.asarray(one.answer.ids, np.int64)])[:cached]
         else:
