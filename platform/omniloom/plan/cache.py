@@ -27,10 +27,10 @@ def kv_cache_bytes_per_token(sizes: Sizes) -> int:
 def kv_cache_bytes_by_kind(sizes: Sizes) -> dict[str, float]:
     """A token's bytes in every kind of cache that the model can have.
 
-    full: keys and values of all heads, bf16, for latent attention H·(nope + v). latent: c + rope. int8: one byte a
-    number and a float32 scale for keys, for values or for the latent; the rotary key stays bf16. selective: a share of
-    the positions of the model's own cache. windowed: of the positions that sparse attention still sees of its whole
-    context, spread over all of them.
+    full: keys and values of all heads, bf16. latent: c + rope; uncompressed, which no cache is, what the same heads
+    would take, H·(nope + v). int8: one byte a number and a float32 scale for keys, for values or for the latent; the
+    rotary key stays bf16. selective: a share of the positions of the model's own cache. windowed: of the positions that
+    sparse attention still sees after its whole context, spread over all of them.
     """
     if sizes.attention_pattern == "linear":
         return {}
@@ -38,8 +38,8 @@ def kv_cache_bytes_by_kind(sizes: Sizes) -> dict[str, float]:
     kinds: dict[str, float] = {}
     if sizes.attention == "latent":
         heads = sizes.num_attention_heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
-        kinds["full"] = BF16_BYTES * layers * heads
         kinds["latent"] = own
+        kinds["uncompressed"] = BF16_BYTES * layers * heads
         kinds["int8"] = layers * (sizes.kv_lora_rank + SCALE_BYTES + BF16_BYTES * sizes.qk_rope_head_dim)
     else:
         kinds["full"] = own
@@ -47,6 +47,14 @@ def kv_cache_bytes_by_kind(sizes: Sizes) -> dict[str, float]:
     kinds["selective"] = SELECTED_SHARE * own
     if sizes.attention_pattern == "sparse":
         context = sizes.max_position_embeddings
-        seen = min(context, sizes.window_tokens + sizes.max_global_tokens)
-        kinds["windowed"] = own * seen / context
+        kinds["windowed"] = own * _still_seen(sizes) / context
     return kinds
+
+
+def _still_seen(sizes: Sizes) -> int:
+    """Positions of a whole context that the next token would see: window − 1, and the multiples of its stride before."""
+    after, window = sizes.max_position_embeddings, sizes.window_tokens
+    if after < window:
+        return after
+    stride = sizes.global_stride << (after // (sizes.global_stride * sizes.max_global_tokens)).bit_length()
+    return window - 1 + (after - window) // stride + 1
