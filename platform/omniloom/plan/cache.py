@@ -52,7 +52,7 @@ def kv_cache_bytes_by_kind(sizes: Sizes) -> dict[str, float]:
 
 
 def _still_seen(sizes: Sizes) -> int:
-    """Positions of a whole context that the next token would see: window − 1, and the multiples of its stride before."""
+    """Positions of a whole context that the next token would see: window − 1, and multiples of its stride before."""
     after, window = sizes.max_position_embeddings, sizes.window_tokens
     if after < window:
         return after
