@@ -24,6 +24,8 @@ ROOTS = {
     "plan_run": settings.PlanSettings,
     "plan_scaling": settings.ScalingSettings,
     "run_evals": settings.EvaluateSettings,
+    "generate_text": settings.GenerateSettings,
+    "chat": settings.ChatSettings,
     "export_model": settings.ExportSettings,
     "import_model": settings.ImportSettings,
     "sweep_runs": settings.SweepSettings,

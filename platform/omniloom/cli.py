@@ -23,6 +23,8 @@ VERBS = {
     "plan": Verb("plan_run.py"),
     "train": Verb("pretrain.py"),
     "evaluate": Verb("run_evals.py"),
+    "generate": Verb("generate_text.py", words=("init",)),
+    "chat": Verb("chat.py", words=("init",)),
     "export": Verb("export_model.py", words=("init", "to")),
     "import": Verb("import_model.py", words=("source", "to")),
     "show": Verb("show.py", words=("what",)),
@@ -49,6 +51,8 @@ usage: omniloom VERB [key=value …]
   plan       memory, time and cost of a training run, before anything is submitted; plan scaling: a sweep's law
   train      shards to a trained model
   evaluate   a trained model to scores, through lm-eval
+  generate   what a trained model writes after a prompt of text, images, audio and video, or after many
+  chat       a conversation with it, in the terminal
   export     a model as a Hugging Face folder, for transformers and for servers
   import     a Hugging Face folder, or a file of llama2.c's, as a model of ours
   show       a corpus and what lies in one of its rows, or a run's summary, in the terminal
@@ -70,6 +74,8 @@ examples:
   omniloom train corpus=corpora/mine run=first model=tiny train.steps=500 cluster.workers=2
   omniloom train experiment=smoke run=smoke
   omniloom evaluate init=first tasks=[perplexity] task_args.perplexity.files=[held-out.txt]
+  omniloom generate init=demo prompt="{image:seven.png} Which digit is this?"
+  omniloom chat init=first
   omniloom export first exported/first
   omniloom report first
   omniloom sweep train experiment=smoke run=lr optimizer.lr='tag(log,interval(1e-4,1e-2))' sweep=asha

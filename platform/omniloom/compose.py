@@ -27,7 +27,7 @@ from omniloom.cli import HYDRA_FLAGS
 from omniloom.cluster.config import Choice, Space
 from omniloom.errors import ConfigError, Interrupted, OmniloomError, did_you_mean
 from omniloom.model.config import ModelConfig
-from omniloom.overrides import literal, plain, split_sweeps
+from omniloom.overrides import literal, plain, quoted, split_sweeps
 from omniloom.settings import SWEEPABLE, SweepSettings
 
 Settings = TypeVar("Settings")
@@ -41,6 +41,7 @@ FREE_MAPPINGS = (  # whose keys are the user's own
     "cluster.device.matmul_flops_per_s",
     "cluster.device.attention_flops_per_s",
 )
+FREE_TEXT = ("prompt", "system")  # keys whose values are taken verbatim
 FLAGS = {"--json": "json=true", "-f": "follow=true", "--follow": "follow=true"}
 
 
@@ -78,7 +79,8 @@ def run_job(job: str, schema: type[Settings], function: Callable[[Settings], Non
     free = [key for key in flat_keys(OmegaConf.structured(schema)) if key in FREE_MAPPINGS]
     mappings = tuple(f"{key}{end}" for key in free for end in ".=")
     whole_numbers = {key for key, node in _flat_nodes(OmegaConf.structured(schema)) if isinstance(node, IntegerNode)}
-    sys.argv = [_as_override(word, mappings, whole_numbers) for word in sys.argv if word != "--debug"]
+    free_text = set(FREE_TEXT) & set(flat_keys(OmegaConf.structured(schema)))
+    sys.argv = [_as_override(word, mappings, whole_numbers, free_text) for word in sys.argv if word != "--debug"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us: the one message is ours to write
     ConfigStore.instance().store(name=f"{extends or job}_schema", node=schema)
 
@@ -207,12 +209,14 @@ def _one_message(schema: type, debug: bool) -> Iterator[None]:
         sys.exit(1)
 
 
-def _as_override(word: str, mappings: tuple[str, ...], whole_numbers: set[str]) -> str:
+def _as_override(word: str, mappings: tuple[str, ...], whole_numbers: set[str], free_text: set[str]) -> str:
     """--json is json=true and so on; 1e12 is a whole number where one is asked for; a key inside a free mapping needs
-    no + of Hydra's."""
+    no + of Hydra's, nor free text its quotes."""
     if word in FLAGS:
         return FLAGS[word]
-    key, _, value = word.partition("=")
+    key, equals, value = word.partition("=")
+    if equals and key in free_text:
+        return f"{key}={quoted(value)}"
     if key in whole_numbers and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,3}", value) and Decimal(value) % 1 == 0:
         return f"{key}={Decimal(value):.0f}"
     return f"++{word}" if word.startswith(mappings) else word

@@ -1,5 +1,6 @@
 """Words of the command line in Hydra's grammar: what sweeps, and plain values spelled so that Hydra reads them back."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ def _values_of(override: Override, word: str) -> Choice | Interval:
 def absolute_paths(settings: Any) -> list[str]:
     """Overrides that name a job's folders from anywhere: it runs in another directory, perhaps on another machine.
 
-    A run that is named (init, like, fork, with @step or not) is one in runs_dir, else a folder.
+    A run that is named (init, draft, like, fork, with @step or not) is one in runs_dir, else a folder.
     """
     words = []
-    for key in ("runs_dir", "corpus", "manifest"):
+    for key in ("runs_dir", "corpus", "manifest", "prompts", "out"):
         value = getattr(settings, key, None)
         if value is not None:
             words.append(f"{key}={quoted(str(Path(value).absolute()))}")
-    for key in ("init", "like", "fork"):
+    for key in ("init", "draft", "like", "fork"):
         name, at, step = (getattr(settings, key, None) or "").partition("@")
         places = [Path(settings.runs_dir) / name, Path(name)] if name else []
         words += [f"{key}={quoted(f'{place.absolute()}{at}{step}')}" for place in places if place.exists()][:1]
@@ -72,8 +73,13 @@ def plain(word: str) -> str:
 
 
 def quoted(word: str) -> str:
-    """A word that Hydra takes as it stands."""
-    return "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A word that Hydra takes as it stands.
+
+    To its parser a backslash is one but before a quote or the end, to its interpolation but before ${.
+    """
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", word)
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", escaped)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", escaped) + "'"
 
 
 def literal(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from omniloom.cluster.config import ClusterConfig, LocalClusterConfig, SweepConfig
 from omniloom.data.config import SPLITS, CorpusConfig, DataConfig
 from omniloom.errors import ConfigError, did_you_mean, refuse_unless_one_of
+from omniloom.generate.config import ChatConfig, GenerateConfig
 from omniloom.modality.config import ModalityConfig
 from omniloom.plan.config import HardwareConfig
 from omniloom.plan.speeds import PRODUCTS_IN
@@ -186,6 +187,19 @@ class EvaluateSettings:
 
 
 @dataclass
+class GenerateSettings(GenerateConfig):
+    """What a trained model writes."""
+
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)  # for `omniloom submit generate`
+    json: bool = False
+
+
+@dataclass
+class ChatSettings(ChatConfig):
+    """A conversation with a trained model."""
+
+
+@dataclass
 class ExportSettings:
     """A model of ours as a Hugging Face folder."""
 
@@ -339,6 +353,7 @@ SUBMITTABLE: dict[str, tuple[str, type]] = {
     "tokenize": ("tokenize_corpus", TokenizeSettings),
     "train": ("pretrain", TrainSettings),
     "evaluate": ("run_evals", EvaluateSettings),
+    "generate": ("generate_text", GenerateSettings),
 }
 
 

@@ -3,10 +3,11 @@
 import math
 
 import pytest
-from tiny_models import ask, rolling, tokenizer
+from tiny_models import ask, rolling
 
 from omniloom.errors import ConfigError
 from omniloom.evaluation.baseline import UnigramLM
+from tiny_folders import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import yaml
-from tiny_models import EVALS, audible, colourful, moving
+from tiny_models import EVALS
 
 from omniloom.errors import ConfigError, DataError
+from tiny_folders import audible, colourful, moving
 
 
 def utils(task):

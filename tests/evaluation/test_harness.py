@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict
 
 import pytest
-from tiny_models import EVALS, LETTERS, ask, audible, colourful, direct, moving, save_tiny, tiny_lm, tokenizer
+from tiny_models import EVALS, ask, direct, tiny_lm
 
 from omniloom.errors import ConfigError
 from omniloom.evaluation.harness import (
@@ -23,6 +23,7 @@ from omniloom.model.load import load_model
 from omniloom.track.run_directory import open_run
 from omniloom.track.tracker import record_evaluations
 from omniloom.train.config import TrainingRun
+from tiny_folders import LETTERS, audible, colourful, moving, save_tiny, tokenizer
 
 TEXT = LETTERS * 3
 

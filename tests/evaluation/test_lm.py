@@ -6,26 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import (
-    CONTEXT_TOKENS,
-    LETTERS,
-    PICTURE_TOKENS,
-    TINY,
-    ask,
-    colourful,
-    direct,
-    direct_document,
-    rolling,
-    save_tiny,
-    tiny_lm,
-    tokenizer,
-)
+from tiny_models import ask, direct, direct_document, rolling, tiny_lm
 
 from omniloom.errors import ConfigError, DataError
 from omniloom.modality.audio import audio_segment
 from omniloom.modality.sequence import Segment, weave
 from omniloom.model.decoder import Decoder
 from omniloom.model.load import load_model
+from tiny_folders import CONTEXT_TOKENS, LETTERS, PICTURE_TOKENS, TINY, colourful, save_tiny, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import TINY, ask, audible, colourful, direct_document, moving, save_tiny, tiny_lm, tokenizer
+from tiny_models import ask, direct_document, tiny_lm
 
 from omniloom.errors import DataError
 from omniloom.evaluation.media import split_prompt
@@ -14,6 +14,7 @@ from omniloom.modality.files import Media
 from omniloom.modality.media import read_media
 from omniloom.modality.sequence import weave
 from omniloom.model.load import load_model
+from tiny_folders import TINY, audible, colourful, moving, save_tiny, tokenizer
 
 KINDS = {"image": "visual", "video": "visual", "audio": "audio"}  # and the argument lm-eval hands them in
 

@@ -4,10 +4,10 @@ import re
 from collections import Counter
 
 import pytest
-from tiny_models import save_tiny, tokenizer
 
 from omniloom.errors import ConfigError, DataError
 from omniloom.evaluation.needle import Grid, needle_items
+from tiny_folders import save_tiny, tokenizer
 
 CONTEXT = 512
 HAY = [" ".join(f"the cat sat on the {i % 7} mat" for i in range(400)), "and the dog sat on the log " * 100]

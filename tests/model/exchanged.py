@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_decoders import enliven, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -13,6 +12,7 @@ from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder
 from omniloom.model.exchange import Exchanged, export_model, import_model
 from omniloom.model.load import load_model, save_model
+from tiny_decoders import enliven, tiny_config
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 TEXT_ONLY: dict[str, Any] = {"image_patch_pixels": None, "video_patch_pixels": None, "audio_mels": None}

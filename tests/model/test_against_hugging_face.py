@@ -4,7 +4,6 @@ import pytest
 import torch
 from exchanged import CASES, case, exported, gradients_apart, imported, logits_apart, random_ids, saved, theirs_of
 from safetensors.torch import load_file
-from tiny_decoders import enliven
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -16,6 +15,7 @@ from transformers import (
 
 from omniloom.model.hf_config import to_hugging_face
 from omniloom.model.load import load_model
+from tiny_decoders import enliven
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_decoders import enliven, text_places, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniloom.model.attention import GroupedAttention, attend_fully, attend_linearly, modality_mass
 from omniloom.model.position import document_lengths, picture_spans
 from omniloom.model.sparse_attention import attend_sparsely, strides_at
+from tiny_decoders import enliven, text_places, tiny_config
 
 DOCUMENTS = [[0, 0, 0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny_decoders import all_logits, batch_of, document, film, picture, sound, text, tiny_config, tiny_decoder
 from torch import Tensor
 
 from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.decoder import Decoder, attention_mass, text_fields
+from tiny_decoders import all_logits, batch_of, document, film, picture, sound, text, tiny_config, tiny_decoder
 
 ENCODERS = {1: "media.image.", 2: "media.audio.", 3: "media.video."}
 OPTIONS = {"embedding_conv_tokens": 3, "attention_log_scale_tokens": 4, "num_nextn_predict_layers": 2}

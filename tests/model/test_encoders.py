@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny_decoders import MELS, enliven, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniloom.model.embedding import MEDIA_SCALE, AudioEncoder, PatchEncoder, StridedConvolution
+from tiny_decoders import MELS, enliven, tiny_config
 
 LENGTHS = [1, 2, 3, 4, 5, 7, 100, 1, 6]
 EPS = 1e-6

@@ -20,7 +20,6 @@ from exchanged import (
 )
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from tiny_decoders import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import MtpModel
 
@@ -34,6 +33,7 @@ from omniloom.model.hf import KINDS, tensors
 from omniloom.model.hf_config import FIELDS, MUST, ROPE_THETA, kind_of, to_hugging_face
 from omniloom.model.load import load_model, save_model, shapes_of
 from omniloom.model.weights import Planned, write_shards
+from tiny_decoders import tiny_config
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny_decoders import enliven, text_places, tiny_config, tiny_decoder
 from torch import Tensor
 
 from omniloom.model.decoder import Decoder
 from omniloom.model.layers import MLP, LocalConvolution, SwiGLU, norm
 from omniloom.model.position import running_index
+from tiny_decoders import enliven, text_places, tiny_config, tiny_decoder
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, -1, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_decoders import all_logits, batch_of, document, picture, text, tiny_decoder
 
 from omniloom.errors import CheckpointError, DataError
 from omniloom.modality.sequence import MEDIA_FIELDS
 from omniloom.model import load as load_module
 from omniloom.model.load import load_model, model_folder, save_model
+from tiny_decoders import all_logits, batch_of, document, picture, text, tiny_decoder
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_decoders import enliven, tiny_config, tiny_decoder
 from torch import Tensor
 
 from omniloom.errors import ConfigError
 from omniloom.model.config import ModelConfig
 from omniloom.model.moe import MixtureOfExperts, Router, update_expert_bias
+from tiny_decoders import enliven, tiny_config, tiny_decoder
 
 RATE = 0.001
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from test_mla import literal_attention, rms_norm
 from test_moe import doubled, literal_mixture
-from tiny_decoders import batch_of, document, enliven, film, picture, sound, text, tiny_config, tiny_decoder
 from torch import Tensor
 
 from omniloom.model.decoder import Decoder, Output, text_fields
 from omniloom.model.mtp import Junction, tokens_ahead
 from omniloom.objective.next_token import next_token_nll, shifted_targets
+from tiny_decoders import batch_of, document, enliven, film, picture, sound, text, tiny_config, tiny_decoder
 
 DOCUMENTS = [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 2]]
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import tiny_config, tiny_decoder
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -19,6 +18,7 @@ from omniloom.model.position import (
     rope_table,
     running_index,
 )
+from tiny_decoders import tiny_config, tiny_decoder
 
 
 def rotary(width: int, theta: float, **changes: Any) -> ModelConfig:

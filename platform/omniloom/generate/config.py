@@ -1,7 +1,9 @@
 """How a model is decoded: what its cache keeps, how a token is drawn, how many requests go at once."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
 
 from omniloom.errors import ConfigError, refuse_unless_one_of
 
@@ -107,3 +109,75 @@ class EngineConfig:
         for key, least in (("batch_size", 1), ("prefill_tokens", 1), ("draft_tokens", 0)):
             if (value := getattr(self, key)) < least:
                 raise ConfigError(f"{key}={value} must be at least {least}")
+
+
+Part = TypeVar("Part", DecodingConfig, EngineConfig)
+
+
+@dataclass
+class WriterConfig(SamplingConfig):
+    """Which model writes, and how; what generating and chatting share."""
+
+    init: str | None = None  # a run, a checkpoint or a model folder
+    draft: str | None = None  # the same, of a smaller model that guesses draft_tokens ahead
+    precision: str = "fp32"  # of the weights; or bf16
+    max_new_tokens: int = DecodingConfig.max_new_tokens
+    stop: list[str] = field(default_factory=list)
+    prefill_tokens: int = EngineConfig.prefill_tokens
+    draft_tokens: int = EngineConfig.draft_tokens
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    runs_dir: str = "runs"
+
+    def taken(self, kind: type[Part]) -> Part:
+        """The fields that `kind` has, as one."""
+        return kind(**{one.name: getattr(self, one.name) for one in fields(kind) if hasattr(self, one.name)})
+
+    def check(self) -> None:
+        """Raise ConfigError where no model is named or a number cannot hold."""
+        if self.init is None:
+            raise ConfigError("no model to write: set init=<run, checkpoint or model folder>")
+        refuse_unless_one_of("precision", self.precision, ("fp32", "bf16"))
+        self.taken(DecodingConfig).check()
+        self.taken(EngineConfig).check()
+        if self.draft is not None and not self.draft_tokens:
+            raise ConfigError(f"draft={self.draft} guesses nothing with draft_tokens=0: set draft_tokens=4, or so")
+
+
+@dataclass
+class GenerateConfig(WriterConfig):
+    """What comes after one prompt, or after many."""
+
+    prompt: str | None = None  # text with {image:file}, {audio:file}, {video:file} in it, verbatim
+    prompts: str | None = None  # a file: a prompt a line, or a jsonl of {"prompt": …} and {"messages": […]}
+    out: str | None = None  # a jsonl, one line a prompt
+    n: int = 1  # samples of each prompt; number i of all draws with seed + i
+    beams: int | None = None
+    length_penalty: float = DecodingConfig.length_penalty
+    ignore_eos: bool = False
+    batch_size: int = EngineConfig.batch_size
+    force: bool = False  # replace `out`
+
+    def check(self) -> None:
+        """Raise ConfigError where not exactly one of prompt and prompts is given, or keys contradict each other."""
+        super().check()
+        if (self.prompt is None) == (self.prompts is None):
+            both = "both are given" if self.prompt is not None else "neither is given"
+            raise ConfigError(f"exactly one of prompt=… and prompts=<file> says what to go on from: {both}")
+        if self.prompts is not None and self.out is None:
+            raise ConfigError(f"prompts={self.prompts} needs a file for the answers: set out=<name>.jsonl")
+        if self.n < 1:
+            raise ConfigError(f"n={self.n} must be at least 1")
+        if self.n > 1 and (self.beams is not None or not self.temperature):
+            how = "temperature=0" if self.beams is None else f"beams={self.beams}"
+            raise ConfigError(f"n={self.n} samples with {how} would all be the same: set temperature=1, or leave out n")
+        if self.beams is not None and self.draft_tokens:
+            raise ConfigError(f"beam search takes no guesses: leave out draft_tokens={self.draft_tokens}")
+        if self.out is not None and not Path(self.out).parent.is_dir():
+            raise ConfigError(f"out={self.out}: there is no folder {Path(self.out).parent}")
+
+
+@dataclass
+class ChatConfig(WriterConfig):
+    """A conversation in the terminal."""
+
+    system: str | None = None  # what the model is told first, verbatim

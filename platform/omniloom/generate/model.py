@@ -13,7 +13,7 @@ from omniloom.generate import beam
 from omniloom.generate.config import CacheConfig, DecodingConfig, EngineConfig
 from omniloom.generate.engine import Engine
 from omniloom.generate.forward import as_document
-from omniloom.generate.kv_cache import KVCache
+from omniloom.generate.kv_cache import DTYPES, KVCache
 from omniloom.generate.prompt import Prompter
 from omniloom.generate.request import Answer, Event, Request
 from omniloom.generate.speculative import Drafter, ModelDrafter, ModulesDrafter
@@ -100,6 +100,12 @@ def load(path: Path) -> WritingModel:
     """Load a run, a checkpoint or a model folder, ours or Hugging Face's; raises CheckpointError."""
     model = load_model(path)
     return WritingModel(model.decoder, model.folder).eval()
+
+
+def ready(path: Path, precision: str) -> WritingModel:
+    """Load a model to write with: on the accelerator, if there is one, its weights in fp32 or bf16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(path).to(device=device, dtype=DTYPES[precision])
 
 
 def _configs(options: dict[str, Any]) -> tuple[DecodingConfig, EngineConfig]:

@@ -16,12 +16,13 @@ from omniloom.data.readers.folder import medium_document, read_media
 from omniloom.data.readers.interleaved import interleaved_document
 from omniloom.data.readers.lines import read_lines
 from omniloom.data.readers.media import is_no_medium
-from omniloom.data.readers.record import TEXT_KEYS, Build, Place, documents_of, table_document, text_document, text_of
+from omniloom.data.readers.record import TEXT_KEYS, Build, Place, documents_of, table_document, text_document
 from omniloom.data.readers.tables import holds_bytes, read_rows
 from omniloom.data.readers.webdataset import read_samples, sample_document
 from omniloom.data.source import RawDocument, RawSegment, RemoteMedia, Unit
 from omniloom.data.storage import file_state, open_content, said
 from omniloom.errors import OmniloomError
+from omniloom.modality.dialogue import text_of
 from omniloom.modality.files import Media
 
 # One document a record, whatever holds the records.

@@ -18,9 +18,10 @@ from omniloom.data.readers.media import (
     sidecar,
     unknown,
 )
-from omniloom.data.readers.record import Place, beside, caption_of, medium, text_of
+from omniloom.data.readers.record import Place, beside, caption_of, medium
 from omniloom.data.source import RawDocument, RawSegment
 from omniloom.data.storage import local_path, names_in, open_file, said
+from omniloom.modality.dialogue import text_of
 
 FILE_KEYS = ("file_name", "file", "path", "file_path")
 DELIMITERS = {"csv": ",", "tsv": "\t"}

@@ -3,9 +3,10 @@
 from typing import Any
 
 from omniloom.data.config import Reading
-from omniloom.data.readers.record import Place, medium, text_of
+from omniloom.data.readers.record import Place, medium
 from omniloom.data.source import RawDocument, RawSegment
 from omniloom.errors import did_you_mean
+from omniloom.modality.dialogue import text_of
 from omniloom.modality.sequence import MODALITIES
 
 SEGMENT_KEYS = (*MODALITIES, "loss")

@@ -13,10 +13,10 @@ from omniloom.data.config import Reading
 from omniloom.data.source import RawDocument, RawSegment, RemoteMedia
 from omniloom.data.storage import local_path, protocol_of, refuse_protocol, said
 from omniloom.errors import DataError
+from omniloom.modality.dialogue import text_of
 from omniloom.modality.files import Media
 
 TEXT_KEYS = ("text", "caption", "transcript", "transcription", "sentence")
-JSON_NAMES = {dict: "a mapping", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,6 @@ def documents_of(read: Callable[[], Any], place: Place, reading: Reading, build:
         text = str(error) if type(error) in (DataError, ValueError) else said(error)
         built = [RawDocument(place.name, [], text.encode("utf-8", "backslashreplace").decode()[:400])]
     yield from built
-
-
-def text_of(value: Any, key: str, may_be_empty: bool = False) -> str:
-    """A record's text; raises ValueError where it is none, or empty and may not be."""
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{key} is {'null' if value is None else JSON_NAMES.get(type(value), 'no text')}, not a string"
-        )
-    value.encode()  # half of a surrogate pair is no text
-    if not may_be_empty and not value.strip():
-        raise ValueError(f"{key} is empty" if key else "empty")
-    return value
 
 
 def mapping_of(record: Any, keys: str) -> dict[str, Any]:

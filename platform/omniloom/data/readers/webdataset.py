@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from omniloom.data.config import Reading
 from omniloom.data.readers.media import MEDIA_KINDS, is_no_medium, unknown
-from omniloom.data.readers.record import Place, caption_of, mapping_of, text_of
+from omniloom.data.readers.record import Place, caption_of, mapping_of
 from omniloom.data.source import RawDocument, RawSegment
 from omniloom.data.storage import open_file
+from omniloom.modality.dialogue import text_of
 from omniloom.modality.files import Media
 
 HEADER_LIMIT_BYTES = 1 << 20  # of a long name or of pax fields
