@@ -1,6 +1,7 @@
 """A conversation with a trained model: `omniloom chat init=first`."""
 
 import sys
+from pathlib import Path
 
 from omniloom.compose import run_job
 from omniloom.errors import ConfigError
@@ -9,23 +10,30 @@ from omniloom.settings import ChatSettings
 
 def main(settings: ChatSettings) -> None:
     settings.check()
-    from omniloom.generate.chat import Conversation
-    from omniloom.generate.config import DecodingConfig, EngineConfig
+    from omniloom.generate.config import DecodingConfig
     from omniloom.generate.model import ready
+    from omniloom.generate.session import FILE, Session
     from omniloom.generate.terminal import Terminal, utf8
-    from omniloom.generate.writer import Writer
     from omniloom.track.run_directory import locate
 
-    places = [locate(name, settings.runs_dir, key) for key in ("init", "draft") if (name := getattr(settings, key))]
-    model, *draft = [ready(place.with_model(), settings.precision) for place in places]
-    engine = settings.taken(EngineConfig)
-    engine.batch_size = 1  # whose cache the next turn goes on from
-    writer = Writer(model, engine, *draft)
+    model = ready(locate(settings.init or "", settings.runs_dir).with_model(), settings.precision)
+    folder = None if settings.session is None else Path(settings.session)
+    if folder is not None and (folder / FILE).is_file():
+        session = Session.open(folder, model, settings.prefill_tokens)
+        if settings.system is not None and settings.system != session.system:
+            raise ConfigError(f"session={folder} was begun with another system prompt: leave out system=, or /system")
+        print(f"{folder}: goes on after {len(session.turns)} turns", file=sys.stderr)
+    else:
+        session = Session(model, settings.cache, settings.system, settings.prefill_tokens)
     utf8(sys.stdin)
-    terminal = Terminal(writer, Conversation(model.prompter, settings.system), settings.taken(DecodingConfig))
+    terminal = Terminal(session, settings.taken(DecodingConfig))
     if sys.stdin.isatty():
         print(f"{settings.init}: a message, or /help", file=sys.stderr)
-    terminal.run()
+    try:
+        terminal.run()
+    finally:  # also where it is told to end
+        if folder is not None and session.turns:
+            session.save(folder)
     if terminal.failed and not sys.stdin.isatty():
         raise ConfigError(f"{terminal.failed} of the lines could not be done")
 

@@ -19,11 +19,11 @@ from omniloom.cli import run_verb
 from omniloom.data.config import Reading
 from omniloom.data.readers.chat import chat_document
 from omniloom.data.readers.record import Place
-from omniloom.generate.chat import Conversation, Turn, read_turns, written_ids
-from omniloom.generate.config import DecodingConfig, EngineConfig
+from omniloom.generate.chat import laid_out, read_turns, written_ids
+from omniloom.generate.config import DecodingConfig
 from omniloom.generate.model import WritingModel
-from omniloom.generate.request import Answer, Request
-from omniloom.generate.writer import Writer
+from omniloom.generate.request import Answer
+from omniloom.generate.session import Session
 from omniloom.modality.sequence import weave
 from tiny_folders import colourful, save_tiny
 
@@ -83,30 +83,10 @@ def test_a_prompt_is_laid_out_as_training_lays_out_the_conversation(folder: Path
             segments += prompter.medium(one.kind, str(one.content.content)).segments
     text = prompter.text
     trained = weave(segments, text.bos_id, text.eos_id, text.placeholder_ids, prompter.modality.widths)
-    asked = Conversation(prompter, turns=read_turns(prompter, said, folder)).prompt()
+    asked = laid_out(prompter, read_turns(prompter, said, folder))
     answer = len(text.encode(" x"))
     assert asked.input_ids.tolist() == trained.input_ids[: -answer - 1].tolist()
     assert (asked.image == trained.image).all()
-
-
-def test_a_next_turn_reads_only_what_is_new(folder: Path, model: WritingModel) -> None:
-    """The answer as it was written, id by id, is cached already, and so is the picture; the text is what it would be
-    without."""
-    writer = Writer(model, EngineConfig(batch_size=1))
-    talk = Conversation(model.prompter, "the log")
-    for number, text in enumerate(("{image:pictures/0.png} the cat sat on the mat and the", "dog", "what is shown")):
-        before = len(talk.prompt()) if talk.turns else 0
-        os.chdir(folder)
-        talk.turns.append(Turn("user", model.prompter.parts(text)))
-        request = Request(talk.prompt(), DecodingConfig(max_new_tokens=8, temperature=0.7, seed=number))
-        *_, last = writer.stream([request])
-        (alone,) = model.answers([request], EngineConfig(batch_size=1))
-        assert last.answer.ids == alone.ids
-        if number:
-            # The header of this answer's own turn follows, and the newest token is always read.
-            assert writer.figures.shared_tokens >= before - 1 - len(model.prompter.text.encode("\n\nassistant:"))
-            assert writer.figures.shared_tokens > 20
-        talk.answered(last.answer)
 
 
 def test_what_was_written_before_a_stop_keeps_its_ids(model: WritingModel) -> None:
@@ -121,14 +101,12 @@ def test_what_was_written_before_a_stop_keeps_its_ids(model: WritingModel) -> No
 
 def test_lines_are_messages_and_stdout_has_the_answers_alone(say: Any, model: WritingModel, folder: Path) -> None:
     out, err, status = say("the cat\n\n{image:pictures/1.png} the dog\n/stats\n", "system=the 'log' ${x}")
-    talk, told = Conversation(model.prompter, "the 'log' ${x}"), ""
+    session, told = Session(model, system="the 'log' ${x}"), ""
     for text in ("the cat", "{image:pictures/1.png} the dog"):
-        talk.turns.append(Turn("user", model.prompter.parts(text)))
-        (answer,) = model.answers([Request(talk.prompt(), DecodingConfig(max_new_tokens=6))], EngineConfig())
-        talk.answered(answer)
-        told += answer.text.removeprefix(" ") + "\n"
+        *_, last = session.ask(model.prompter.parts(text), DecodingConfig(max_new_tokens=6))
+        told += last.answer.text.removeprefix(" ") + "\n"
     assert (out, status) == (told, 0)
-    assert "of them cached before; 6 written, " in err
+    assert "tokens read; 6 written, " in err
 
 
 def test_commands(say: Any, folder: Path) -> None:
@@ -165,6 +143,17 @@ def test_commands(say: Any, folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_session_goes_on_where_it_was_left(say: Any) -> None:
+    whole, _, _ = say("the cat\nthe dog\n/keep the log\n", "system=a", "temperature=0.5")
+    first, _, _ = say("the cat\n", "system=a", "temperature=0.5", "session=kept")
+    second, err, _ = say("the dog\n/keep the log\n", "temperature=0.5", "session=kept")
+    assert first + second == whole
+    assert "kept: goes on after 2 turns" in err
+    _, err, status = say("x\n", "session=kept", "system=b")
+    assert "begun with another system prompt" in err
+    assert status == 1
+
+
 def test_another_answer_is_drawn_anew_and_a_script_draws_the_same_again(say: Any) -> None:
     once = say("the cat\n/regenerate\n", "temperature=1", "seed=3", "max_new_tokens=12")[0]
     again = say("the cat\n/regenerate\n", "temperature=1", "seed=3", "max_new_tokens=12")[0]
@@ -176,13 +165,13 @@ def test_another_answer_is_drawn_anew_and_a_script_draws_the_same_again(say: Any
     assert "(temperature=0 gives the same answer)" in err
 
 
-def test_over_the_context_the_oldest_turns_are_forgotten(say: Any) -> None:
+def test_over_the_context_what_is_neither_heavy_nor_new_is_forgotten(say: Any) -> None:
     out, err, status = say("the cat sat on the mat\n" * 14, "max_new_tokens=5")
     assert (status, "error" in err) == (0, False)
-    assert f"(the context of {CONTEXT} tokens is full: the 2 oldest turns are forgotten)" in err
+    assert f"(the context of {CONTEXT} tokens was full: only what is kept, heavy or new is remembered)" in err
     assert out.count("\n") >= 14
     _, err, status = say(f"the cat\n{'dog ' * CONTEXT}\nthe dog\n")
-    assert "and leaves no room in the model's context: model.max_position_embeddings=160" in err
+    assert "leaves no room in the model's context, model.max_position_embeddings=160" in err
     assert (status, err.count("error: ")) == (1, 2)
 
 
@@ -264,4 +253,4 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(folder: Path) -
 def test_the_help_has_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     run_verb("chat", ["--cfg", "job"])
     keys = yaml.safe_load(capsys.readouterr().out)
-    assert {"init", "system", "temperature", "max_new_tokens", "cache", "draft"} <= keys.keys()
+    assert {"init", "system", "temperature", "max_new_tokens", "cache", "session"} <= keys.keys()

@@ -3,17 +3,24 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
-from writing import KINDS, save_writer
+from writing import save_writer
 
 import omniloom
 from omniloom.errors import CheckpointError, ConfigError
-from omniloom.generate.config import CacheConfig, DecodingConfig
+from omniloom.generate.chat import Turn, laid_out
+from omniloom.generate.config import CacheConfig, DecodingConfig, EngineConfig
+from omniloom.generate.model import WritingModel
+from omniloom.generate.request import Request
 from omniloom.generate.session import Session
+from omniloom.modality.dialogue import STOPS
 
 DECODING = DecodingConfig(max_new_tokens=6, ignore_eos=True, temperature=0.8)
+HUNDRED = replace(DECODING, max_new_tokens=100)
 ANSWER_100 = """
 import sys, json
 from pathlib import Path
@@ -22,25 +29,31 @@ torch.set_num_threads(1)
 import omniloom
 from omniloom.generate.config import DecodingConfig
 from omniloom.generate.session import Session
-model = omniloom.load(sys.argv[1])
-session = Session.open(Path(sys.argv[2]), model)
+session = Session.open(Path(sys.argv[2]), omniloom.load(sys.argv[1]))
 decoding = DecodingConfig(max_new_tokens=100, ignore_eos=True, temperature=0.8)
-*_, last = session.say("and then?", decoding)
+*_, last = session.ask(["and then?"], decoding)
 print(json.dumps(last.answer.ids))
 """
 
 
-def said(session: Session, text: str, **options) -> list[int]:
-    *_, last = session.say(text, DECODING, **options)
+def said(session: Session, text: str, decoding: DecodingConfig = DECODING, keep: bool = False) -> list[int]:
+    *_, last = session.ask(session.model.prompter.parts(text), decoding, keep)
     return last.answer.ids
+
+
+def alone(model: WritingModel, session: Session, text: str, decoding: DecodingConfig = DECODING) -> list[int]:
+    """What a request with the whole conversation, and this turn behind it, gets."""
+    told = [] if session.system is None else [Turn("system", [session.system])]
+    asked = laid_out(model.prompter, [*told, *session.turns, Turn("user", model.prompter.parts(text))])
+    drawn = replace(decoding, seed=decoding.seed + session.state.answers, stop=[*decoding.stop, *STOPS])
+    return model.answers([Request(asked, drawn)], EngineConfig(batch_size=1))[0].ids
 
 
 @pytest.mark.parametrize("cache", [{}, {"precision": "int8"}, {"heavy_tokens": 20, "recent_tokens": 20}], ids=str)
 def test_a_session_goes_on_in_another_process_with_the_same_100_tokens(tmp_path, cache):
     folder = save_writer(tmp_path / "model", "convolution", max_position_embeddings=400)
     Image.new("RGB", (4, 4), (200, 30, 90)).save(tmp_path / "red.png")
-    session = Session(omniloom.load(folder), CacheConfig(**cache))
-    session.tell("the cat sat on the mat")
+    session = Session(omniloom.load(folder), CacheConfig(**cache), system="the cat sat on the mat")
     said(session, f"what is {{image:{tmp_path}/red.png}}?")
     said(session, "the dog sat on the log and the cat sat on the dog, and the log, and the mat")
     session.save(tmp_path / "session")
@@ -48,66 +61,98 @@ def test_a_session_goes_on_in_another_process_with_the_same_100_tokens(tmp_path,
         [sys.executable, "-c", ANSWER_100, str(folder), str(tmp_path / "session")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    decoding = DecodingConfig(max_new_tokens=100, ignore_eos=True, temperature=0.8)
-    *_, last = session.say("and then?", decoding)
-    assert json.loads(other.stdout) == last.answer.ids
-    assert len(last.answer.ids) == 100
+    ids = said(session, "and then?", HUNDRED)
+    assert json.loads(other.stdout) == ids
+    assert len(ids) == 100
 
 
-def test_what_was_said_is_read_once_and_laid_out_as_in_training(tmp_path):
-    model = omniloom.load(save_writer(tmp_path / "model", max_position_embeddings=400))
-    session = Session(model)
-    session.tell("be kind")
-    first = said(session, "the cat")
-    text = model.prompter.text
-    whole = "system: be kind\n\nuser: the cat\n\nassistant:"
-    again = model.write(
-        whole, max_new_tokens=6, ignore_eos=True, temperature=0.8, seed=DECODING.seed + _said_before(model)
-    )
-    assert again[0].ids == first
-    cached = session.cached_tokens
-    said(session, "the dog")
-    assert session.cached_tokens - cached == len(text.encode("\n\nuser: the dog\n\nassistant:")) + 1 + 5
-    assert [(turn.role, turn.text) for turn in session.turns][:2] == [("system", "be kind"), ("user", "the cat")]
-    assert len(session.turns) == 5
-
-
-def _said_before(model) -> int:
-    return 1 + len(model.prompter.text.encode("system: be kind"))
+@pytest.mark.parametrize("kind", ["grouped", "sparse latent", "both ways", "convolution", "learned"])
+def test_what_was_said_is_read_once_and_laid_out_as_in_training(tmp_path, kind):
+    """Each answer is what a request with the whole conversation gets; what stopped an answer leaves no trace."""
+    model = omniloom.load(save_writer(tmp_path / "model", kind, max_position_embeddings=400))
+    Image.new("RGB", (4, 4), (200, 30, 90)).save(tmp_path / "red.png")
+    session = Session(model, system="be kind")
+    whole = said(session, "the cat", replace(HUNDRED, max_new_tokens=20))
+    middle = model.prompter.text.decode(whole[8:11])
+    session = Session(model, system="be kind")
+    for text, stop in (("the cat", middle), (f"{{image:{tmp_path}/red.png}} the dog", "sat"), ("sat on", "x")):
+        decoding = replace(DECODING, max_new_tokens=20, stop=[stop])
+        expected = alone(model, session, text, decoding)
+        assert said(session, text, decoding) == expected
+    assert session.turns[1].ids is None or len(session.turns[1].ids) < 20
+    assert [turn.role for turn in session.turns] == ["user", "assistant"] * 3
+    assert session.messages()[0] == {"role": "system", "content": "be kind"}
 
 
 @pytest.mark.parametrize("kind", ["grouped", "latent", "sparse latent", "convolution"])
 def test_a_conversation_over_the_context_keeps_facts_and_what_is_new(tmp_path, kind):
     model = omniloom.load(save_writer(tmp_path / "model", kind, max_position_embeddings=160))
-    session = Session(model)
-    session.tell("the cat sat")
-    facts = session.cached_tokens
-    for turn in range(12):
-        assert len(said(session, f"the dog sat on the log and the mat {turn}")) == 6
-        assert session.cached_tokens <= 160
-    assert session.condensed >= 2
-    assert session.said > 2 * 160
+    session = Session(model, system="the cat sat")
+    facts = session._told_tokens()
+    for turn in range(14):
+        assert len(said(session, f"the dog sat on the log and the mat {turn}", keep=turn == 2)) == 6
+        assert session.cache.lengths[0] <= 160
+    assert session.state.condensed >= 2
     if "sparse" not in kind:  # which lets go by its own rule
-        assert all(layer.pinned[0].sum() == facts for layer in session._engine.cache.layers)
-    for layer in session._engine.cache.layers:
+        kept = "\n\nuser: the dog sat on the log and the mat 2\n\nassistant:"
+        pinned = {int(layer.pinned[0].sum()) for layer in session.cache.layers}
+        assert pinned == {facts + 1 + len(model.prompter.text.encode(kept))}  # and the answer's last token before it
+        assert all(layer.pinned[0, :facts].all() for layer in session.cache.layers)
+    for layer in session.cache.layers:
         index = layer.index[0, : layer.held[0]]
         assert (index.diff() > 0).all()
-        assert int(index[-1]) == session.cached_tokens - 1
+        assert int(index[-1]) == session.cache.lengths[0] - 1
     session.save(tmp_path / "kept")
     again = Session.open(tmp_path / "kept", model)
     assert said(again, "go on") == said(session, "go on")
+    assert len(session.turns) == 30
+
+
+def test_where_keys_cannot_be_moved_the_oldest_exchanges_go(tmp_path):
+    model = omniloom.load(save_writer(tmp_path / "model", "learned", max_position_embeddings=160))
+    session = Session(model, system="the cat sat")
+    for turn in range(8):
+        assert len(said(session, f"the dog sat on the log and the mat {turn}")) == 6
+    assert session.state.condensed
+    assert len(session.turns) < 16
+    assert session.cache.lengths[0] + 12 < 160
+    assert said(session, "go") == alone_before(model, session)
+
+
+def alone_before(model: WritingModel, session: Session) -> list[int]:
+    """The last answer, by a request of its own."""
+    session.state.turns, session.state.answers = session.turns[:-2], session.state.answers - 1
+    return alone(model, session, "go")
 
 
 def test_an_answer_that_is_cut_short_stays_as_far_as_it_came(tmp_path):
     model = omniloom.load(save_writer(tmp_path / "model", max_position_embeddings=400))
     whole, cut = Session(model), Session(model)
     ids = said(whole, "the cat")
-    stream = cut.say("the cat", DECODING)
+    stream = cut.ask(["the cat"], DECODING)
     for _ in range(3):
         next(stream)
     stream.close()
-    assert cut._pending == ids[2:3]
-    assert len(said(cut, "the dog")) == 6
+    assert cut.turns[-1].ids == ids[:3]
+    assert cut.state.pending == ids[2:3]
+    expected = alone(model, cut, "the dog")
+    assert said(cut, "the dog") == expected
+
+
+def test_an_exchange_can_be_taken_back(tmp_path):
+    model = omniloom.load(save_writer(tmp_path / "model", "sparse latent", max_position_embeddings=400))
+    session, other = Session(model, system="a"), Session(model, system="a")
+    said(session, "the cat")
+    said(other, "the cat")
+    before = session.cache.state(0)
+    said(session, "the dog")
+    assert session.take_back() == ["the dog"]
+    assert all(torch.equal(before[name], x) for name, x in session.cache.state(0).items())
+    with pytest.raises(ConfigError, match="nothing was answered"):
+        session.take_back()
+    said(other, "x")
+    other.take_back()
+    assert said(session, "the log") == said(other, "the log")  # both their third answer
 
 
 def test_sessions_that_cannot_be_taken_up_say_why(tmp_path):
@@ -143,4 +188,4 @@ def test_a_turn_over_the_context_is_refused(tmp_path):
     session = Session(omniloom.load(save_writer(tmp_path / "model")))
     with pytest.raises(ConfigError, match="max_position_embeddings=64"):
         said(session, "the cat sat on the mat " * 40)
-    assert KINDS
+    assert not session.turns

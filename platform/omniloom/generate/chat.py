@@ -37,6 +37,17 @@ class Turn:
             return {"role": self.role, "content": "".join(map(str, self.parts))}
         return {"role": self.role, "content": [_as_part(part) for part in self.parts]}
 
+    @classmethod
+    def of(cls, message: dict[str, Any], ids: list[int] | None = None) -> "Turn":
+        """What `message` gave; files are named, and not read yet."""
+        content = message["content"]
+        if isinstance(content, str):
+            return cls(message["role"], [content], ids)
+        parts: list[Part] = [
+            part["text"] if part["type"] == "text" else Medium(part["type"], part[part["type"]], []) for part in content
+        ]
+        return cls(message["role"], parts, ids)
+
 
 def _as_part(part: Part) -> dict[str, str]:
     if isinstance(part, str):
@@ -45,41 +56,17 @@ def _as_part(part: Part) -> dict[str, str]:
     return {"type": part.kind, part.kind: str(Path(os.path.expanduser(part.name)).absolute()) if is_file else part.name}
 
 
-class Conversation:
-    """What was said up to here."""
-
-    def __init__(self, prompter: Prompter, system: str | None = None, turns: list[Turn] | None = None) -> None:
-        self._prompter, self.system, self.turns = prompter, system, turns or []
-
-    @property
-    def all_turns(self) -> list[Turn]:
-        """What the model was told first, and the turns."""
-        return [*([] if self.system is None else [Turn("system", [self.system])]), *self.turns]
-
-    def prompt(self) -> Document:
-        """All of it, and the header that the assistant goes on from."""
-        return laid_out(self._prompter, self.all_turns)
-
-    def answered(self, answer: Answer) -> None:
-        """Add what was written, up to here if it was cut short."""
-        text = answer.text.removeprefix(" ")
-        self.turns.append(Turn(ASSISTANT, [text], written_ids(self._prompter.text, answer)))
-
-    def forget_until(self, tokens: int) -> int:
-        """Drop the oldest exchanges until the prompt has at most so many tokens, the last turn never; how many turns
-        went."""
-        turns = len(self.turns)
-        while len(self.turns) > 1 and len(self.prompt()) > tokens:
-            del self.turns[0]
-            while len(self.turns) > 1 and self.turns[0].role == ASSISTANT:
-                del self.turns[0]
-        return turns - len(self.turns)
+def opened(turns: list[Turn], continues: bool = False) -> list[tuple[Part | Segment, bool]]:
+    """Turns by the template, each part with whether it is a target."""
+    laid: list[tuple[str, list[str | Medium | Segment]]] = [turn.laid() for turn in turns]
+    parts: list[tuple[str | Medium | Segment, bool]]
+    parts = lay_out(laid, lambda number: turns[number].role == ASSISTANT, continues)
+    return parts
 
 
 def laid_out(prompter: Prompter, turns: list[Turn]) -> Document:
     """Turns as a prompt, which ends in the assistant's header."""
-    opened: list[tuple[str, list[str | Medium | Segment]]] = [*(turn.laid() for turn in turns), (ASSISTANT, [])]
-    return prompter.woven(prompter.encoded(lay_out(opened, lambda number: opened[number][0] == ASSISTANT)))
+    return prompter.woven(prompter.encoded(opened([*turns, Turn(ASSISTANT, [])])))
 
 
 def read_turns(prompter: Prompter, messages: Any, folder: Path = HERE) -> list[Turn]:

@@ -119,12 +119,10 @@ class WriterConfig(SamplingConfig):
     """Which model writes, and how; what generating and chatting share."""
 
     init: str | None = None  # a run, a checkpoint or a model folder
-    draft: str | None = None  # the same, of a smaller model that guesses draft_tokens ahead
     precision: str = "fp32"  # of the weights; or bf16
     max_new_tokens: int = DecodingConfig.max_new_tokens
     stop: list[str] = field(default_factory=list)
     prefill_tokens: int = EngineConfig.prefill_tokens
-    draft_tokens: int = EngineConfig.draft_tokens
     cache: CacheConfig = field(default_factory=CacheConfig)
     runs_dir: str = "runs"
 
@@ -139,8 +137,6 @@ class WriterConfig(SamplingConfig):
         refuse_unless_one_of("precision", self.precision, ("fp32", "bf16"))
         self.taken(DecodingConfig).check()
         self.taken(EngineConfig).check()
-        if self.draft is not None and not self.draft_tokens:
-            raise ConfigError(f"draft={self.draft} guesses nothing with draft_tokens=0: set draft_tokens=4, or so")
 
 
 @dataclass
@@ -150,6 +146,8 @@ class GenerateConfig(WriterConfig):
     prompt: str | None = None  # text with {image:file}, {audio:file}, {video:file} in it, verbatim
     prompts: str | None = None  # a file: a prompt a line, or a jsonl of {"prompt": …} and {"messages": […]}
     out: str | None = None  # a jsonl, one line a prompt
+    draft: str | None = None  # a smaller model, named as init, that guesses draft_tokens ahead
+    draft_tokens: int = EngineConfig.draft_tokens
     n: int = 1  # samples of each prompt; number i of all draws with seed + i
     beams: int | None = None
     length_penalty: float = DecodingConfig.length_penalty
@@ -163,6 +161,8 @@ class GenerateConfig(WriterConfig):
         if (self.prompt is None) == (self.prompts is None):
             both = "both are given" if self.prompt is not None else "neither is given"
             raise ConfigError(f"exactly one of prompt=… and prompts=<file> says what to go on from: {both}")
+        if self.draft is not None and not self.draft_tokens:
+            raise ConfigError(f"draft={self.draft} guesses nothing with draft_tokens=0: set draft_tokens=4, or so")
         if self.prompts is not None and self.out is None:
             raise ConfigError(f"prompts={self.prompts} needs a file for the answers: set out=<name>.jsonl")
         if self.n < 1:
@@ -181,3 +181,4 @@ class ChatConfig(WriterConfig):
     """A conversation in the terminal."""
 
     system: str | None = None  # what the model is told first, verbatim
+    session: str | None = None  # a folder: the conversation goes on from there, and is kept there at the end

@@ -5,28 +5,28 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from omniloom.errors import ConfigError, DataError, did_you_mean
-from omniloom.generate.chat import Conversation, Turn
+from omniloom.generate.chat import Part
 from omniloom.generate.config import DecodingConfig
 from omniloom.generate.prompt import Medium
-from omniloom.generate.request import Answer, Request
-from omniloom.generate.writer import Writer
-from omniloom.modality.dialogue import MEDIA, STOPS
+from omniloom.generate.request import Answer
+from omniloom.generate.session import Session
+from omniloom.generate.writer import Meter
+from omniloom.modality.dialogue import MEDIA
 
 HELP = """\
 /image FILE        a picture for the next message; /audio FILE, /video FILE; {image:FILE} inside a message
 /regenerate        answer the last message again
 /reset             forget what was said, but for the system prompt
 /system [TEXT]     tell the model TEXT first of all; without TEXT, nothing
+/keep TEXT         say TEXT, and never forget it, however long the conversation gets
 /save FILE         what was said, as a line of messages, which tokenize (format: chat) and prompts= read
 /stats             what the last answer took
 /help, /exit       a line that ends in \\ goes on in the next; Ctrl-C stops an answer, Ctrl-D leaves"""
-ROOM_SHARE = 4  # of the context at most a fourth is kept free for an answer
 
 
 def show(text: str) -> None:
@@ -39,12 +39,10 @@ def show(text: str) -> None:
 class Terminal:
     """One conversation; where nobody sits at it, a message a line, and nothing but answers on stdout."""
 
-    def __init__(self, writer: Writer, conversation: Conversation, decoding: DecodingConfig) -> None:
-        self.writer, self.conversation = writer, conversation
-        self._decoding = replace(decoding, stop=[*decoding.stop, *STOPS])
+    def __init__(self, session: Session, decoding: DecodingConfig) -> None:
+        self.session, self._decoding, self._meter = session, decoding, Meter()
         self._attached: list[Medium] = []
         self._saved: set[Path] = set()
-        self._answers = 0  # number i draws with seed + i
         self._is_seen = sys.stdin.isatty()
         self.failed = 0  # lines that could not be done
         self._commands: dict[str, Callable[[str], None]] = {
@@ -53,7 +51,8 @@ class Terminal:
             "reset": self._reset,
             "system": self._system,
             "save": self._save,
-            "stats": lambda _: self._tell(self.writer.figures.told()),
+            "keep": lambda text: self._say(text, keep=True),
+            "stats": lambda _: self._tell(self._meter.figures.told()),
             "help": lambda _: self._tell(HELP),
         }
 
@@ -100,47 +99,32 @@ class Terminal:
                 raise ConfigError(f"unknown command {command}; {did_you_mean(name, [*self._commands, 'exit'])}")
             self._commands[name](rest.strip())
         elif line.strip():
-            said = [*self._attached, *self.writer.model.prompter.parts(line)]
-            self._ask([*self.conversation.turns, Turn("user", said)])
-            self._attached = []
+            self._say(line)
 
-    def _ask(self, turns: list[Turn]) -> None:
-        """Have what was said answered; where that cannot be, all is as it was before."""
-        before, self.conversation.turns = self.conversation.turns, turns
-        try:
-            request = self._request()
-        except (ConfigError, DataError):
-            self.conversation.turns = before
-            raise
-        answer = self._print(self.writer, request)
+    def _say(self, line: str, keep: bool = False) -> None:
+        self._ask([*self._attached, *self.session.model.prompter.parts(line)], keep)
+        self._attached = []
+
+    def _ask(self, parts: list[Part], keep: bool = False) -> None:
+        """Have a message answered; where no answer comes, it was not said."""
+        session = self.session
+        condensed = session.state.condensed
+        answer = self._print(parts, keep)
+        if session.state.condensed > condensed:
+            context = session.model.prompter.context
+            self._tell(f"(the context of {context:,} tokens was full: only what is kept, heavy or new is remembered)")
         if answer is None or not answer.text.strip():
-            self.conversation.turns = before
+            if answer is not None:
+                session.take_back()
             self._tell("(no answer: the turn is taken back)")
-            return
-        self.conversation.answered(answer)
-        if answer.finish == "length":
+        elif answer.finish == "length":
             self._tell(f"(cut after {len(answer.ids)} tokens: max_new_tokens={self._decoding.max_new_tokens}, or the "
                        "context is full)")  # fmt: skip
 
-    def _request(self) -> Request:
-        context = self.writer.model.prompter.context
-        room = min(self._decoding.max_new_tokens, context // ROOM_SHARE)
-        if forgotten := self.conversation.forget_until(context - room):
-            self._tell(f"(the context of {context:,} tokens is full: the {forgotten} oldest turns are forgotten)")
-        prompt = self.conversation.prompt()
-        if len(prompt) >= context:
-            raise ConfigError(
-                f"the message makes a prompt of {len(prompt):,} tokens and leaves no room in the model's context: "
-                f"model.max_position_embeddings={context:,}"
-            )
-        decoding = replace(self._decoding, seed=self._decoding.seed + self._answers)
-        self._answers += 1
-        return Request(prompt, decoding)
-
-    def _print(self, writer: Writer, request: Request) -> Answer | None:
+    def _print(self, parts: list[Part], keep: bool) -> Answer | None:
         """The answer, as it comes; what there is of it where Ctrl-C stopped it."""
         answer = None
-        events = writer.stream([request])
+        events = self._meter.watch(self.session.ask(parts, self._decoding, keep), self.session.cache)
         try:
             for event in events:
                 text = event.text if answer is not None else event.text.removeprefix(" ")
@@ -165,22 +149,22 @@ class Terminal:
         if not name:
             raise ConfigError(f"/{kind} needs a file")
         unquoted = name[1:-1] if name[0] == name[-1] and name[0] in "'\"" and len(name) > 1 else name
-        medium = self.writer.model.prompter.medium(kind, unquoted)
+        medium = self.session.model.prompter.medium(kind, unquoted)
         self._attached.append(medium)
         self._tell(f"({sum(map(len, medium.segments)):,} tokens, for the next message)")
 
     def _regenerate(self, _: str) -> None:
-        if not self.conversation.turns:
-            raise ConfigError("nothing was answered yet")
+        parts = self.session.take_back()
         if not self._decoding.temperature:
             self._tell("(temperature=0 gives the same answer)")
-        self._ask(self.conversation.turns[:-1])
+        self._ask(parts)
 
     def _reset(self, _: str) -> None:
-        self.conversation.turns, self._attached = [], []
+        self._attached = []
+        self.session.begin_again(self.session.system)
 
     def _system(self, text: str) -> None:
-        self.conversation.system = text or None
+        self.session.begin_again(text or None, self.session.turns)
 
     def _save(self, name: str) -> None:
         if not name:
@@ -188,10 +172,9 @@ class Terminal:
         path = Path(os.path.expanduser(name))
         if path.exists() and path not in self._saved:
             raise ConfigError(f"{path} exists: name another file")
-        messages = [turn.message() for turn in self.conversation.all_turns]
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps({"messages": self.session.messages()}) + "\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:
             raise ConfigError(f"/save {path}: {error.strerror}") from error

@@ -1,11 +1,12 @@
 """A model at work: its events, and what they took."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from omniloom.generate.config import EngineConfig
+from omniloom.generate.kv_cache import KVCache
 from omniloom.generate.model import WritingModel
 from omniloom.generate.request import Answer, Event, Request
 from omniloom.model.load import Model
@@ -61,30 +62,23 @@ class Figures:
         return "; ".join(told)
 
 
-class Writer:
-    """Answers requests with one model, and keeps one cache for all of them."""
+class Meter:
+    """What events that are watched took."""
 
-    def __init__(self, model: WritingModel, config: EngineConfig, draft: Model | None = None) -> None:
-        self.model, self._config = model, config
-        self._engine = model.engine(config, draft)
+    def __init__(self) -> None:
         self.figures = Figures()
 
-    def stream(self, requests: list[Request]) -> Generator[Event]:
-        """Every token as it comes, of beam search whole answers; `figures` are of these requests."""
+    def watch(self, events: Generator[Event], cache: KVCache) -> Generator[Event]:
+        """The events, as they come; `figures` are of these."""
         self.figures, began = Figures(), time.monotonic()
-        for event in self._events(requests):
-            self._count(event, time.monotonic() - began)
-            yield event
+        try:
+            for event in events:
+                self._count(event, time.monotonic() - began, cache)
+                yield event
+        finally:  # also where nobody reads on
+            events.close()
 
-    def _events(self, requests: list[Request]) -> Iterator[Event]:
-        if all(request.decoding.beams is None for request in requests):
-            yield from self._engine.stream(requests)
-            return
-        for number, request in enumerate(requests):
-            (answer,) = self.model.answers([request], self._config)
-            yield Event(number, answer.text, answer)
-
-    def _count(self, event: Event, seconds: float) -> None:
+    def _count(self, event: Event, seconds: float, cache: KVCache) -> None:
         figures, answer = self.figures, event.answer
         figures.first_token_s = figures.first_token_s or seconds
         figures.seconds = seconds
@@ -95,9 +89,29 @@ class Writer:
         figures.tokens += len(answer.ids)
         figures.drafted += answer.drafted
         figures.accepted += answer.accepted
-        cache = self._engine.cache
         if tokens := sum(cache.lengths):
             figures.cache_bytes_per_token = sum(map(cache.bytes_held, range(cache.slots))) / tokens
+
+
+class Writer(Meter):
+    """Answers requests with one model, and keeps one cache for all of them."""
+
+    def __init__(self, model: WritingModel, config: EngineConfig, draft: Model | None = None) -> None:
+        super().__init__()
+        self.model, self._config = model, config
+        self._engine = model.engine(config, draft)
+
+    def stream(self, requests: list[Request]) -> Generator[Event]:
+        """Every token as it comes, of beam search whole answers; `figures` are of these requests."""
+        return self.watch(self._events(requests), self._engine.cache)
+
+    def _events(self, requests: list[Request]) -> Generator[Event]:
+        if all(request.decoding.beams is None for request in requests):
+            yield from self._engine.stream(requests)
+            return
+        for number, request in enumerate(requests):
+            (answer,) = self.model.answers([request], self._config)
+            yield Event(number, answer.text, answer)
 
 
 def record(answers: list[Answer]) -> dict[str, Any]:

@@ -37,16 +37,16 @@ Medium = TypeVar("Medium")
 
 
 def lay_out(
-    turns: Sequence[tuple[str, Sequence[str | Medium]]], is_target: Callable[[int], bool]
+    turns: Sequence[tuple[str, Sequence[str | Medium]]], is_target: Callable[[int], bool], continues: bool = False
 ) -> list[tuple[str | Medium, bool]]:
     """The template: a header before each turn (role, parts), and whether a part is a target, as `is_target` says of the
-    turn's number.
+    turn's number. Where they continue a conversation, a blank line stands before the first, too.
 
     Text is joined to the text before it where both are targets or neither is: words are not cut at the seam.
     """
     laid: list[tuple[str | Medium, bool]] = []
     for number, (role, parts) in enumerate(turns):
-        _append(laid, f"{role}:" if number == 0 else f"\n\n{role}:", False)
+        _append(laid, f"{role}:" if number == 0 and not continues else f"\n\n{role}:", False)
         for place, part in enumerate(parts):
             if isinstance(part, str):
                 _append(laid, f" {part}" if place == 0 else part, is_target(number))
