@@ -284,9 +284,10 @@ class Engine:
             self._left.pop(one.slot, None)
             self.cache.clear(one.slot)
             self.cache.copy(source, one.slot)
-        before = torch.from_numpy(one.request.prompt.input_ids[max(0, tokens - self._reach) : tokens]).long()
+        ids = one.request.prompt.input_ids[max(0, tokens - self._reach) : tokens]
+        table = self.decoder.embed_tokens
         with torch.no_grad():
-            self.cache.truncate(one.slot, tokens, self.decoder.embed_tokens(before))
+            self.cache.truncate(one.slot, tokens, table(torch.from_numpy(ids).long().to(table.weight.device)))
         one.read = one.answer.shared_tokens = tokens
 
     @property

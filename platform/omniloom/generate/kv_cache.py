@@ -213,7 +213,8 @@ class KVCache:
         for number, layer in enumerate(self.layers):
             begin = f"layer.{number}."
             layer.restore(slot, {name.removeprefix(begin): x for name, x in state.items() if name.startswith(begin)})
-        self.lengths[slot], self.tails[slot] = int(state["length"]), state.get("tail")
+        tail = state.get("tail")
+        self.lengths[slot], self.tails[slot] = int(state["length"]), None if tail is None else tail.to(self._device)
         self._tell_layers([slot])
 
 

@@ -229,4 +229,5 @@ class LayerCache:
             storage.restore(slot, {name: state[f"{number}.{name}"] for name in storage.parts})
         self.index[slot], self.pinned[slot] = -1, False
         self.index[slot, :held], self.pinned[slot, :held] = state["index"], state["pinned"]
-        self.held[slot], self.queries[slot] = held, state.get("queries")
+        query = state.get("queries")
+        self.held[slot], self.queries[slot] = held, None if query is None else query.to(self.index.device)
