@@ -90,3 +90,15 @@ class Letters61(Letters):
 @torch.no_grad()
 def _sum(decoder, start, ids) -> float:
     return sum(float(_next(decoder, start, ids[:at])[id]) for at, id in enumerate(ids))
+
+
+def test_a_beam_ends_at_a_stop():
+    decoder = tiny_decoder(1, vocab_size=VOCABULARY, num_hidden_layers=1)
+    whole = document(text([2, 3], is_target=False))
+    start = whole.window(0, len(whole) - 1)
+    free = DecodingConfig(max_new_tokens=6, beams=4, ignore_eos=True)
+    first = search(decoder, Letters(), Request(start, free), CacheConfig())[0].text
+    stopped = DecodingConfig(max_new_tokens=6, beams=4, ignore_eos=True, stop=[first[2]])
+    for one in search(decoder, Letters(), Request(start, stopped), CacheConfig()):
+        assert first[2] not in one.text
+        assert (one.finish == "stop") == (len(one.text) < len(one.ids))

@@ -5,7 +5,7 @@ import torch
 from writing import KINDS, uncached, words
 
 from omniloom.errors import ConfigError
-from omniloom.generate.config import DecodingConfig, EngineConfig
+from omniloom.generate.config import CacheConfig, DecodingConfig, EngineConfig
 from omniloom.generate.engine import Engine
 from omniloom.generate.request import Request, Stopper
 from omniloom.generate.speculative import ModelDrafter, ModulesDrafter
@@ -174,3 +174,62 @@ def test_what_goes_on_from_an_answer_reads_only_what_is_new(kind, tokenizer):
     again = engine.generate([Request(start, decoding)])[0]
     assert again.shared_tokens == 20 + 7  # the answer's last token was not read yet
     assert again.ids == uncached(decoder, start, 8)[0]
+
+
+def test_a_slot_that_is_used_again_gives_no_stale_prefix(tokenizer):
+    """A, B and C begin alike; B takes over A's own slot, then C comes, which has more of A than B has."""
+    decoder, engine = decoder_of(), None
+    common, short = words(20, 1), DecodingConfig(max_new_tokens=2, ignore_eos=True)
+    long = DecodingConfig(max_new_tokens=12, ignore_eos=True)
+    starts = []
+    for rest in ([words(12, 2)], None, [words(12, 3)], [words(12, 2), words(3, 4)]):
+        whole = document(words(9, 8)) if rest is None else document(common, *rest)
+        starts.append(whole.window(0, len(whole) - 1))
+    engine = engine_of(decoder, tokenizer, batch_size=2, prefill_tokens=100)
+    decodings = (short, long, long, short)
+    answers = engine.generate([Request(one, decoding) for one, decoding in zip(starts, decodings, strict=True)])
+    for start, decoding, answer in zip(starts, decodings, answers, strict=True):
+        assert answer.ids == uncached(decoder, start, decoding.max_new_tokens)[0]
+
+
+def test_pictures_of_the_same_patches_in_another_shape_share_what_stands_at_the_same_place(tokenizer):
+    decoder, decoding = decoder_of(), DecodingConfig(max_new_tokens=4, ignore_eos=True)
+    starts = []
+    for shape in ((2, 6), (6, 2)):
+        shown = picture(*shape, 1)
+        shown.content[:] = 7
+        whole = document(words(20, 1), shown, words(6, 2))
+        starts.append(whole.window(0, len(whole) - 1))
+    answers = engine_of(decoder, tokenizer, batch_size=1).generate([Request(one, decoding) for one in starts])
+    assert answers[1].shared_tokens == 21 + 2  # the first two patches stand in one row in both
+    assert [one.ids for one in answers] == [uncached(decoder, one, 4)[0] for one in starts]
+
+
+@pytest.mark.parametrize("drafter", ["modules", "model"])
+def test_guesses_end_before_the_context_does(drafter, tokenizer):
+    decoder = decoder_of(num_nextn_predict_layers=3)
+    whole = document(words(58, 1))
+    start, engine = whole.window(0, 59), engine_of(decoder, tokenizer, draft_tokens=3)
+    engine.draft = (
+        ModulesDrafter(decoder, engine.cache, 3) if drafter == "modules" else ModelDrafter(decoder, decoder, 3, 3)
+    )
+    answer = engine.generate([Request(start, DecodingConfig(max_new_tokens=50, ignore_eos=True))])[0]
+    assert answer.ids == uncached(decoder, start, 5)[0]
+    assert answer.finish == "length"
+
+
+def test_a_penalty_of_one_request_is_no_others(tokenizer):
+    decoder, start = decoder_of(), prompts(1)[0]
+    plain, hard = (DecodingConfig(max_new_tokens=12, ignore_eos=True, repetition_penalty=x) for x in (1.0, 1e6))
+    together = engine_of(decoder, tokenizer).generate([Request(start, plain), Request(start, hard)])
+    assert together[0].ids == uncached(decoder, start, 12)[0]
+    seen = [*start.input_ids[start.modality == 0].tolist(), *together[1].ids]
+    assert len(set(together[1].ids)) == 12
+    assert len(set(seen)) >= 12
+
+
+def test_guesses_and_a_selective_cache_are_refused_together():
+    with pytest.raises(ConfigError, match="leave out one"):
+        EngineConfig(draft_tokens=1, cache=CacheConfig(heavy_tokens=8)).check()
+    with pytest.raises(ConfigError, match="draft_tokens=65 is over the 64"):
+        EngineConfig(draft_tokens=65).check()

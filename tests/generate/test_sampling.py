@@ -24,7 +24,7 @@ from omniloom.generate.speculative import ModelDrafter, ModulesDrafter, accept
 from omniloom.modality.text import train_tokenizer
 from tiny_decoders import all_logits, batch_of, document, text, tiny_decoder
 
-NOTHING = torch.zeros(0, dtype=torch.long)
+NOTHING = None
 
 
 def literal(logits: list[float], config: SamplingConfig, occurred: list[int]) -> list[float]:
@@ -63,9 +63,13 @@ def test_distributions_equal_the_literal_loop(seed, temperature, top_k, top_p, m
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(1, 11, generator=generator) * 3
     occurred = torch.randint(0, 11, (4,), generator=generator)
-    share = distributions(logits, [config], [occurred])[0]
+    share = distributions(logits, [config], [_marked(occurred, 11)])[0]
     assert share.tolist() == pytest.approx(literal(logits[0].double().tolist(), config, occurred.tolist()), abs=1e-5)
     assert float(share.sum()) == pytest.approx(1, abs=1e-6)
+
+
+def _marked(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    return torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, ids, True)
 
 
 def test_distributions_equal_those_of_transformers():
@@ -73,7 +77,7 @@ def test_distributions_equal_those_of_transformers():
     theirs = RepetitionPenaltyLogitsProcessor(1.2)(occurred, logits.clone())
     for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.02)):
         theirs = warper(occurred, theirs)
-    ours = distributions(logits, [SamplingConfig(0.7, 20, 0.8, 0.02, 1.2)], [occurred[0]])
+    ours = distributions(logits, [SamplingConfig(0.7, 20, 0.8, 0.02, 1.2)], [_marked(occurred[0], 50)])
     torch.testing.assert_close(ours, theirs.softmax(-1), atol=1e-6, rtol=1e-5)
 
 

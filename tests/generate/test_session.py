@@ -18,6 +18,7 @@ from omniloom.generate.model import WritingModel
 from omniloom.generate.request import Request
 from omniloom.generate.session import Session
 from omniloom.modality.dialogue import STOPS
+from omniloom.model.sparse_attention import visible_keys
 
 DECODING = DecodingConfig(max_new_tokens=6, ignore_eos=True, temperature=0.8)
 HUNDRED = replace(DECODING, max_new_tokens=100)
@@ -44,7 +45,8 @@ def said(session: Session, text: str, decoding: DecodingConfig = DECODING, keep:
 def alone(model: WritingModel, session: Session, text: str, decoding: DecodingConfig = DECODING) -> list[int]:
     """What a request with the whole conversation, and this turn behind it, gets."""
     told = [] if session.system is None else [Turn("system", [session.system])]
-    asked = laid_out(model.prompter, [*told, *session.turns, Turn("user", model.prompter.parts(text))])
+    before = [replace(turn, parts=[session._read(part) for part in turn.parts]) for turn in session.turns]
+    asked = laid_out(model.prompter, [*told, *before, Turn("user", model.prompter.parts(text))])
     drawn = replace(decoding, seed=decoding.seed + session.state.answers, stop=[*decoding.stop, *STOPS])
     return model.answers([Request(asked, drawn)], EngineConfig(batch_size=1))[0].ids
 
@@ -84,28 +86,84 @@ def test_what_was_said_is_read_once_and_laid_out_as_in_training(tmp_path, kind):
     assert session.messages()[0] == {"role": "system", "content": "be kind"}
 
 
-@pytest.mark.parametrize("kind", ["grouped", "latent", "sparse latent", "convolution"])
-def test_a_conversation_over_the_context_keeps_facts_and_what_is_new(tmp_path, kind):
-    model = omniloom.load(save_writer(tmp_path / "model", kind, max_position_embeddings=160))
-    session = Session(model, system="the cat sat")
-    facts = session._told_tokens()
-    for turn in range(14):
-        assert len(said(session, f"the dog sat on the log and the mat {turn}", keep=turn == 2)) == 6
-        assert session.cache.lengths[0] <= 160
+ROOMY = {"attention_pattern": "sparse", "window_tokens": 16, "global_stride": 2, "max_global_tokens": 32}
+OVER = [
+    ("grouped", {}, {}),
+    ("convolution", {}, {"precision": "int8"}),
+    ("latent", {}, {"heavy_tokens": 10, "recent_tokens": 10}),
+    ("latent with yarn and log scale", {"yarn_original_tokens": 40}, {"heavy_tokens": 300, "recent_tokens": 300}),
+    ("sparse latent", ROOMY, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "cache"), OVER, ids=str)
+def test_a_conversation_over_the_context_keeps_facts_and_what_is_new(tmp_path, kind, changes, cache):
+    is_sparse = "sparse" in kind
+    context = 800 if is_sparse else 160
+    model = omniloom.load(save_writer(tmp_path / "model", kind, max_position_embeddings=context, **changes))
+    session, pad = Session(model, CacheConfig(**cache), system="the cat"), "and the mat " * (16 if is_sparse else 1)
+    for turn in range(16):
+        assert len(said(session, f"the dog sat on the log {pad}{turn}", keep=turn == 1 and not is_sparse)) == 6
+        assert session.cache.lengths[0] <= context
     assert session.state.condensed >= 2
-    if "sparse" not in kind:  # which lets go by its own rule
-        kept = "\n\nuser: the dog sat on the log and the mat 2\n\nassistant:"
-        pinned = {int(layer.pinned[0].sum()) for layer in session.cache.layers}
-        assert pinned == {facts + 1 + len(model.prompter.text.encode(kept))}  # and the answer's last token before it
-        assert all(layer.pinned[0, :facts].all() for layer in session.cache.layers)
+    facts = session._told_tokens()
+    asked = f"\n\nuser: the dog sat on the log {pad}1\n\nassistant:"
+    kept = 0 if is_sparse else 1 + len(model.prompter.text.encode(asked))  # and the answer's last token before it
     for layer in session.cache.layers:
         index = layer.index[0, : layer.held[0]]
         assert (index.diff() > 0).all()
         assert int(index[-1]) == session.cache.lengths[0] - 1
+        pinned = layer.pinned[0, : layer.held[0]]
+        assert int(pinned.sum()) == facts + kept
+        assert pinned[:facts].all()
+        if is_sparse:  # they stand where the window's end does not matter
+            limits = (16, 2, 32)
+            assert visible_keys(torch.tensor([session.cache.lengths[0]]), index, *limits)[0][pinned].all()
     session.save(tmp_path / "kept")
     again = Session.open(tmp_path / "kept", model)
     assert said(again, "go on") == said(session, "go on")
-    assert len(session.turns) == 30
+    assert len(session.turns) == 34
+
+
+@pytest.mark.parametrize("kind", ["grouped", "learned", "sparse latent"])
+def test_a_turn_that_is_refused_was_never_said(tmp_path, kind):
+    model = omniloom.load(save_writer(tmp_path / "model", kind, max_position_embeddings=160))
+    session, other = (Session(model, system="the cat sat") for _ in range(2))
+    for turn in range(3):
+        said(session, f"the dog sat on the log {turn}")
+        said(other, f"the dog sat on the log {turn}")
+    with pytest.raises(ConfigError, match="leaves no room"):
+        said(session, "the cat sat on the mat " * 100)
+    assert session.cache.lengths == other.cache.lengths
+    assert len(session.turns) == 6
+    assert said(session, "go") == said(other, "go")
+
+
+def test_another_system_prompt_leaves_out_the_oldest_where_the_context_is_short(tmp_path):
+    model = omniloom.load(save_writer(tmp_path / "model", max_position_embeddings=160))
+    session = Session(model, system="the cat sat")
+    for turn in range(14):
+        said(session, f"the dog sat on the log and the mat {turn}")
+    session.begin_again("the dog", session.turns)
+    assert 2 <= len(session.turns) < 28
+    expected = alone(model, session, "go")
+    assert said(session, "go") == expected
+
+
+def test_a_stop_far_behind_the_end_leaves_no_holes_in_the_window(tmp_path):
+    """What sparse attention sees next is all there, wherever the answer was cut."""
+    model = omniloom.load(save_writer(tmp_path / "model", "sparse latent", max_position_embeddings=400))
+    for seed in range(6):
+        session = Session(model)
+        free = said(session, "the cat", replace(HUNDRED, max_new_tokens=60, seed=seed))
+        text = model.prompter.text.decode(free)
+        session = Session(model)
+        said(session, "the cat", replace(HUNDRED, max_new_tokens=60, seed=seed, stop=[text[30:34]]))
+        length = session.cache.lengths[0]
+        limits = (5, 2, 3)
+        want = visible_keys(torch.tensor([length]), torch.arange(length), *limits)[0].nonzero().flatten().tolist()
+        for layer in session.cache.layers:
+            assert set(want) <= set(layer.index[0, : layer.held[0]].tolist())
 
 
 def test_where_keys_cannot_be_moved_the_oldest_exchanges_go(tmp_path):
@@ -115,14 +173,12 @@ def test_where_keys_cannot_be_moved_the_oldest_exchanges_go(tmp_path):
         assert len(said(session, f"the dog sat on the log and the mat {turn}")) == 6
     assert session.state.condensed
     assert len(session.turns) < 16
-    assert session.cache.lengths[0] + 12 < 160
-    assert said(session, "go") == alone_before(model, session)
-
-
-def alone_before(model: WritingModel, session: Session) -> list[int]:
-    """The last answer, by a request of its own."""
+    whole = laid_out(model.prompter, [Turn("system", ["the cat sat"]), *session.turns])
+    header = len(model.prompter.text.encode("\n\nassistant:"))
+    assert session.cache.lengths[0] + len(session.state.pending) == len(whole) - header
+    ids = said(session, "go")
     session.state.turns, session.state.answers = session.turns[:-2], session.state.answers - 1
-    return alone(model, session, "go")
+    assert ids == alone(model, session, "go")
 
 
 def test_an_answer_that_is_cut_short_stays_as_far_as_it_came(tmp_path):
@@ -146,7 +202,7 @@ def test_an_exchange_can_be_taken_back(tmp_path):
     said(other, "the cat")
     before = session.cache.state(0)
     said(session, "the dog")
-    assert session.take_back() == ["the dog"]
+    assert session.take_back() == (["the dog"], False)
     assert all(torch.equal(before[name], x) for name, x in session.cache.state(0).items())
     with pytest.raises(ConfigError, match="nothing was answered"):
         session.take_back()
@@ -163,6 +219,10 @@ def test_sessions_that_cannot_be_taken_up_say_why(tmp_path):
     session.save(tmp_path / "kept")
     with pytest.raises(CheckpointError, match="saved by another model"):
         Session.open(tmp_path / "kept", other)
+    half = omniloom.load(model.folder)
+    half.decoder.bfloat16()
+    with pytest.raises(CheckpointError, match="set precision= as it was"):
+        Session.open(tmp_path / "kept", half)
     with pytest.raises(CheckpointError, match="no session at"):
         Session.open(tmp_path / "nowhere", model)
     (file,) = (tmp_path / "kept").glob("cache-*.safetensors")

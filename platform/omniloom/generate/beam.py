@@ -57,6 +57,9 @@ def search(
             if id == text.eos_id and not decoding.ignore_eos:
                 next_one.finish = "eos"
                 done.append(next_one)
+            elif decoding.stop and any(stop in text.decode(next_one.ids) for stop in decoding.stop):
+                next_one.finish = "stop"
+                done.append(next_one)
             elif len(going) < width:
                 going.append((row, next_one))
         done = sorted(done, key=score, reverse=True)[:width]
@@ -77,5 +80,7 @@ def search(
         one.finish = "length"
     answers = sorted([*done, *(one for _, one in going)], key=score, reverse=True)[:width]
     for answer in answers:
-        answer.text = text.decode(answer.ids)
+        whole = text.decode(answer.ids)
+        found = [at for stop in decoding.stop if (at := whole.find(stop)) >= 0]
+        answer.text = whole[: min(found)] if found else whole
     return answers

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -59,9 +59,8 @@ def _as_part(part: Part) -> dict[str, str]:
 def opened(turns: list[Turn], continues: bool = False) -> list[tuple[Part | Segment, bool]]:
     """Turns by the template, each part with whether it is a target."""
     laid: list[tuple[str, list[str | Medium | Segment]]] = [turn.laid() for turn in turns]
-    parts: list[tuple[str | Medium | Segment, bool]]
     parts = lay_out(laid, lambda number: turns[number].role == ASSISTANT, continues)
-    return parts
+    return cast(list[tuple[Part | Segment, bool]], parts)
 
 
 def laid_out(prompter: Prompter, turns: list[Turn]) -> Document:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from omniloom.errors import ConfigError, refuse_unless_one_of
 
 PRECISIONS = ("model", "fp32", "bf16", "int8")
+MOST_TAKEN_BACK = 64  # tokens that a cache can take back: guesses, and what was written behind an answer's end
 
 
 @dataclass
@@ -20,7 +21,7 @@ class CacheConfig:
 
     precision: str = "model"  # or fp32, bf16, int8: a scale a token, the rotary part of a latent stays bf16
     heavy_tokens: int | None = None  # keep so many, those that recent queries attend to most; None: all
-    recent_tokens: int = 256  # and the newest beside them
+    recent_tokens: int = 256  # and the newest beside them: half of these go at once, so that it is seldom
     observed_queries: int = 16  # the recent ones
 
     def check(self) -> None:
@@ -109,6 +110,13 @@ class EngineConfig:
         for key, least in (("batch_size", 1), ("prefill_tokens", 1), ("draft_tokens", 0)):
             if (value := getattr(self, key)) < least:
                 raise ConfigError(f"{key}={value} must be at least {least}")
+        if self.draft_tokens > MOST_TAKEN_BACK:
+            raise ConfigError(f"draft_tokens={self.draft_tokens} is over the {MOST_TAKEN_BACK} that can be taken back")
+        if self.draft_tokens and self.cache.heavy_tokens is not None:
+            raise ConfigError(
+                f"draft_tokens={self.draft_tokens} with cache.heavy_tokens={self.cache.heavy_tokens}: what is kept "
+                "would hang on guesses; leave out one"
+            )
 
 
 Part = TypeVar("Part", DecodingConfig, EngineConfig)

@@ -18,7 +18,7 @@ from omniloom.generate.kv_cache import KVCache
 from omniloom.generate.request import Answer, Event, Request, Stopper, contents
 from omniloom.generate.sampling import distributions, draw, log_shares, uniform
 from omniloom.generate.speculative import Asked, Drafter, accept
-from omniloom.modality.sequence import Document
+from omniloom.modality.sequence import TEXT, Document
 from omniloom.modality.text import TextTokenizer
 from omniloom.model.decoder import Decoder
 
@@ -41,6 +41,7 @@ class Running:
     waits_for: "Running | None" = None  # until that one has read the prefix that both share
     waits_until: int = 0
     drafts: list[int] = field(default_factory=list)
+    occurred: Tensor | None = None  # bool (V,), where a penalty wants to know
 
     @property
     def is_reading(self) -> bool:
@@ -50,7 +51,8 @@ class Running:
 class Engine:
     """Decodes requests with one model; holds `batch_size` of them at once.
 
-    Each gets what it would get alone: nothing that is drawn for it depends on the others. A prompt that begins as
+    Each gets what it would get alone: nothing that is drawn for it depends on the others (but what a selective cache
+    lets go, which hangs on how prompts were cut into chunks). A prompt that begins as
     another does that is being read, or was, takes that one's cache over.
     """
 
@@ -118,6 +120,8 @@ class Engine:
             Stopper(request.decoding.stop, self.text.decoding()),
             self.cache.lengths[slot] if request.goes_on else 0,
         )
+        if request.decoding.repetition_penalty != 1.0:
+            one.occurred = self._occurred(request.prompt)
         if request.goes_on:
             pass
         elif self.draft is None:  # which would have to take over what it read, too
@@ -189,7 +193,7 @@ class Engine:
         if not plain:
             return []
         decodings = [one.request.decoding for one, _ in plain]
-        occurred = [self._occurred(one) for one, _ in plain]
+        occurred = [one.occurred for one, _ in plain]
         share_BV = distributions(torch.cat([logits_1V for _, logits_1V in plain]), decodings, occurred)
         return draw(share_BV, [uniform(one.request.decoding.seed, len(one.answer.ids)) for one, _ in plain])
 
@@ -198,7 +202,7 @@ class Engine:
         assert self.draft is not None
         first, drafts = len(one.answer.ids), one.drafts
         guessed = self.draft.shares(one.slot)
-        chosen = accept(logits_TV, drafts, guessed, one.request.decoding, self._occurred(one), first)
+        chosen = accept(logits_TV, drafts, guessed, one.request.decoding, one.occurred, first)
         one.answer.drafted += len(drafts)
         one.answer.accepted += len(chosen) - 1
         if len(chosen) <= len(drafts):
@@ -208,16 +212,18 @@ class Engine:
 
     def _guess(self, going: list[Running], draft: Drafter) -> None:
         """Have the next tokens guessed, as many as may still come."""
-        asked = [Asked(one.slot, one.answer.ids, self._occurred(one), one.request.decoding) for one in going]
+        last = self.decoder.config.max_position_embeddings - 1 - self.config.draft_tokens
+        going = [one for one in going if self.cache.lengths[one.slot] <= last]  # guesses are embedded at their places
+        asked = [Asked(one.slot, one.answer.ids, one.occurred, one.request.decoding) for one in going]
         for one, guessed in zip(going, draft.propose(asked), strict=True):
-            left = one.request.decoding.max_new_tokens - len(one.answer.ids) - 1
-            room = self.decoder.config.max_position_embeddings - self.cache.lengths[one.slot] - 1
-            one.drafts = guessed[: max(0, min(left, room))]
+            one.drafts = guessed[: one.request.decoding.max_new_tokens - len(one.answer.ids) - 1]
 
     def _append(self, one: Running, id: int, logprob: float, entropy: float) -> str:
         """Put a token behind the answer and say how it ends, if it does; the text it completes."""
         answer, decoding = one.answer, one.request.decoding
         answer.ids.append(id)
+        if one.occurred is not None:
+            one.occurred[id] = True
         answer.logprobs.append(logprob)
         answer.entropies.append(entropy)
         if id == self.text.eos_id and not decoding.ignore_eos:
@@ -234,12 +240,11 @@ class Engine:
         answer.text += text
         return text
 
-    def _occurred(self, one: Running) -> Tensor:
-        """All ids up to here; media's placeholders among them."""
-        if one.request.decoding.repetition_penalty == 1.0:
-            return torch.zeros(0, dtype=torch.long)
-        ids = [*one.request.prompt.input_ids[one.request.prompt.modality == 0].tolist(), *one.answer.ids]
-        return torch.tensor(ids, device=self.decoder.embed_tokens.weight.device)
+    def _occurred(self, prompt: Document) -> Tensor:
+        """Which ids a prompt's text has, bool (V,)."""
+        occurred_V = torch.zeros(self.decoder.config.vocab_size, dtype=torch.bool)
+        occurred_V[torch.from_numpy(prompt.input_ids[prompt.modality == TEXT]).long()] = True
+        return occurred_V.to(self.decoder.embed_tokens.weight.device)
 
     # Prefixes.
 
@@ -280,8 +285,8 @@ class Engine:
         return cache.is_whole(slot) or (cache.lengths[slot] == tokens and self.config.cache.heavy_tokens is None)
 
     def _copy(self, source: int, one: Running, tokens: int) -> None:
+        self._left.pop(one.slot, None)
         if source != one.slot:
-            self._left.pop(one.slot, None)
             self.cache.clear(one.slot)
             self.cache.copy(source, one.slot)
         ids = one.request.prompt.input_ids[max(0, tokens - self._reach) : tokens]

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from omniloom.errors import ConfigError
-from omniloom.generate.config import CacheConfig
+from omniloom.generate.config import MOST_TAKEN_BACK, CacheConfig
 from omniloom.generate.layer_cache import Group, LayerCache
 from omniloom.generate.storage import Int8, Plain
 from omniloom.model.attention import GroupedAttention
 from omniloom.model.decoder import Decoder
 from omniloom.model.mla import LatentAttention
 
-# So many of the last embeddings can be taken back: what speculative decoding guessed.
-TAKEN_BACK = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -86,9 +84,9 @@ class KVCache:
         for (slot, _), part in zip(self._batch, parts, strict=True):
             tail = self.tails[slot]
             if tail is None:
-                tail = part.new_zeros(tokens + TAKEN_BACK, part.shape[1])
+                tail = part.new_zeros(tokens + MOST_TAKEN_BACK, part.shape[1])
             befores.append(tail[len(tail) - tokens :])
-            self.tails[slot] = torch.cat([tail, part])[-(tokens + TAKEN_BACK) :]
+            self.tails[slot] = torch.cat([tail, part])[-(tokens + MOST_TAKEN_BACK) :]
         return torch.stack(befores)
 
     def advance(self) -> None:
@@ -108,7 +106,7 @@ class KVCache:
             if self.model.attention_pattern == "sparse":
                 layer.keep_visible(slot, lazily)
             heavy, recent = self.config.heavy_tokens, self.config.recent_tokens
-            if heavy is not None and layer.held[slot] > heavy + recent:
+            if heavy is not None and layer.held[slot] > heavy + recent + int(layer.pinned[slot].sum()):
                 # Half of the newest go at once, so that it is seldom.
                 layer.keep_heavy(slot, heavy, max(1, recent // 2) if lazily else recent)
 
@@ -121,39 +119,39 @@ class KVCache:
         """Make room in the context: of a slot's sequence stay what is pinned, the heavy and the newest, which close
         ranks.
 
-        Full attention sees all of them, next to each other. Sparse attention sees beyond its window multiples of the
-        stride alone: what is older stands there. Raises ConfigError unless positions are RoPE's, whose keys can turn.
+        Full attention sees all of them, next to each other. Sparse attention sees beyond its window multiples of its
+        stride alone: there the older ones are put, in half of the context, pinned ones first where not all find a
+        place. Raises ConfigError unless positions are RoPE's, whose keys can turn.
         """
-        if self.model.position != "rope":
+        sizes = self.model
+        if sizes.position != "rope":
             raise ConfigError(
-                f"a conversation over the context of {self.model.max_position_embeddings:,} tokens cannot go on with "
-                f"model.position={self.model.position}: only RoPE's keys can be moved"
+                f"a conversation over the context of {sizes.max_position_embeddings:,} tokens cannot go on with "
+                f"model.position={sizes.position}: only RoPE's keys can be moved"
             )
+        stride = 1
+        if sizes.attention_pattern == "sparse":
+            # That of the context's last token: whatever comes, multiples of it stay in sight.
+            last, unit = sizes.max_position_embeddings - 1, sizes.global_stride * sizes.max_global_tokens
+            stride = sizes.global_stride << (last // unit).bit_length()
+            recent_tokens = min(recent_tokens, sizes.window_tokens - 1)
+            heavy_tokens = max(0, sizes.max_position_embeddings // 2 - recent_tokens) // stride
         for layer in self.layers:
-            layer.keep_heavy(slot, heavy_tokens, recent_tokens)
-        places = self._places(slot, recent_tokens)
+            layer.keep_heavy(slot, heavy_tokens, recent_tokens, pinned_too=stride > 1)
+        most = max(layer.held[slot] for layer in self.layers)
+        older = max(0, most - recent_tokens)
         for layer in self.layers:
-            layer.renumber(slot, places)
-        self.lengths[slot] = int(places[-1]) + 1
+            closed = torch.arange(most - layer.held[slot], most, device=self._device)
+            layer.renumber(slot, torch.where(closed < older, closed * stride, closed + older * (stride - 1)))
+        self.lengths[slot] = max(int(layer.index[slot, layer.held[slot] - 1]) for layer in self.layers) + 1
         self._tell_layers([slot])
-
-    def _places(self, slot: int, recent_tokens: int) -> Tensor:
-        """New indices of what a slot holds, the same number in every layer."""
-        (held,) = {layer.held[slot] for layer in self.layers}
-        closed = torch.arange(held, device=self._device)
-        if self.model.attention_pattern != "sparse":
-            return closed
-        older, stride = max(0, held - recent_tokens), self.model.global_stride
-        while (older * stride + recent_tokens) // stride >= self.model.max_global_tokens:
-            stride *= 2
-        return torch.cat([closed[:older] * stride, older * stride + closed[: held - older]])
 
     # Slots.
 
     def truncate(self, slot: int, tokens: int, before_KD: Tensor | None = None) -> None:
         """Forget what came after the first `tokens`, of what nothing was let go meanwhile.
 
-        `before_KD` are the embeddings up to there, where a convolution wants them and over TAKEN_BACK tokens go.
+        `before_KD` are the embeddings up to there, where a convolution wants them and over MOST_TAKEN_BACK tokens go.
         """
         tail, back = self.tails[slot], self.lengths[slot] - tokens
         if tail is not None and back:
@@ -169,7 +167,7 @@ class KVCache:
         self.lengths[slot], self.tails[slot] = 0, None
         for layer in [*self.layers, *self.ahead]:
             layer.truncate(slot, 0)
-            layer.begins[slot], layer.queries[slot] = 0, None
+            layer.begins[slot], layer.queries[slot], layer.pins[slot] = 0, None, []
 
     def copy(self, source: int, target: int) -> None:
         """Give a slot all that another has."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omniloom.generate.config import MOST_TAKEN_BACK
 from omniloom.generate.storage import Plain
 from omniloom.model.config import ModelConfig
 from omniloom.model.past import Seen
@@ -44,6 +45,7 @@ class LayerCache:
         self.groups: list[Group] = []
         self.queries: list[Tensor | None] = [None] * slots  # (R, H, d) of each, the last ones
         self.begins: list[int] = [0] * slots  # each sequence's next index
+        self.pins: list[list[tuple[int, int]]] = [[] for _ in range(slots)]  # indices that are pinned as they come
 
     # What attention asks of it (model.past.Past).
 
@@ -61,6 +63,8 @@ class LayerCache:
             for storage, x_1N in zip(self.kept, kept_1N, strict=True):
                 storage.write(slot, at, x_1N[0, part].unflatten(0, (count, tokens)) if count > 1 else x_1N[0, part])
             self.index[slot, at] = steps
+            for pinned in range(group.first, last):
+                self._mark(pinned)
             self.held[group.first : last] = [number + tokens for number in held]
             yield Seen(
                 group.documents,
@@ -109,30 +113,41 @@ class LayerCache:
 
     def truncate(self, slot: int, tokens: int) -> None:
         """Forget what came at index `tokens` or later."""
+        query, back = self.queries[slot], self.begins[slot] - tokens
+        if query is not None and back > 0:
+            self.queries[slot] = query[: max(0, len(query) - back)]
         kept = int((self.index[slot, : self.held[slot]] < tokens).sum())
         self.index[slot, kept : self.held[slot]] = -1
         self.pinned[slot, kept : self.held[slot]] = False
         self.held[slot] = kept
 
     def keep_visible(self, slot: int, lazily: bool = True) -> None:
-        """Forget what sparse attention sees no more from the next token on."""
+        """Forget what sparse attention sees no more from the next token on; lazily, not even where the newest are taken
+        back."""
         config, held = self.config, self.held[slot]
         most = config.window_tokens + config.max_global_tokens
-        if held <= (most + most // SLACK if lazily else 0):
+        most += most // SLACK + MOST_TAKEN_BACK
+        if lazily and (held <= most or held <= most + int(self.pinned[slot].sum())):
             return
-        index, after = self.index[slot, :held], self.index.new_tensor([self.begins[slot]])
+        next_index = max(0, self.begins[slot] - MOST_TAKEN_BACK) if lazily else self.begins[slot]
+        index, after = self.index[slot, :held], self.index.new_tensor([next_index])
         limits = (config.window_tokens, config.global_stride, config.max_global_tokens)
-        self._keep(slot, visible_keys(after, index, *limits)[0] | self.pinned[slot, :held])
+        seen = visible_keys(after, index, *limits)[0] | (index > next_index)
+        self._keep(slot, seen | self.pinned[slot, :held])
 
-    def keep_heavy(self, slot: int, heavy_tokens: int, recent_tokens: int) -> None:
-        """Forget all but the pinned, the newest `recent_tokens`, and of the others those that recent queries attend to
-        most."""
+    def keep_heavy(self, slot: int, heavy_tokens: int, recent_tokens: int, pinned_too: bool = False) -> None:
+        """Forget all but the newest `recent_tokens`, the pinned, and of the others those that recent queries attend to
+        most, `heavy_tokens`; with `pinned_too` the pinned count among these, first of all."""
         held = self.held[slot]
-        stays = self.pinned[slot, :held].clone()
-        stays[max(0, held - recent_tokens) :] = True
+        newest, pinned = torch.zeros_like(self.pinned[slot, :held]), self.pinned[slot, :held]
+        newest[max(0, held - recent_tokens) :] = True
+        stays = newest if pinned_too else newest | pinned
         others = (~stays).nonzero().flatten()
         if len(others) > heavy_tokens:
-            stays[others[self.mass(slot)[others].topk(heavy_tokens).indices]] = True
+            weight_S = self.mass(slot)
+            if pinned_too:
+                weight_S = weight_S.masked_fill(pinned, torch.inf)
+            stays[others[weight_S[others].topk(heavy_tokens).indices]] = True
             self._keep(slot, stays)
 
     def mass(self, slot: int) -> Tensor:
@@ -163,9 +178,14 @@ class LayerCache:
         self.held[slot] = len(kept)
 
     def pin(self, slot: int, begin: int, end: int) -> None:
-        """Keep what stands at indices `begin` … `end` − 1 whatever goes."""
+        """Keep what stands, or will stand, at indices `begin` … `end` − 1, whatever goes."""
+        self.pins[slot].append((begin, end))
+        self._mark(slot)
+
+    def _mark(self, slot: int) -> None:
         index = self.index[slot]
-        self.pinned[slot] |= (index >= begin) & (index < end)
+        for begin, end in self.pins[slot]:
+            self.pinned[slot] |= (index >= begin) & (index < end)
 
     def renumber(self, slot: int, places: Tensor) -> None:
         """Give the kept positions other indices, (S,) ascending; keys are turned to them.
@@ -183,7 +203,7 @@ class LayerCache:
         on = apply_rope(turned.reshape(1, held, -1, width), table, self.config.rope_interleave).view_as(turned)
         storage.write(slot, slice(0, held), torch.cat([on, rest], dim=-1)[0])
         self.index[slot, :held] = places
-        self.queries[slot] = None
+        self.queries[slot], self.pins[slot] = None, []  # the marks stay
 
     # Slots.
 
@@ -196,7 +216,7 @@ class LayerCache:
             marks[target] = empty
             marks[target, :held] = marks[source, :held]
         self.held[target], self.begins[target] = held, self.begins[source]
-        self.queries[target] = self.queries[source]
+        self.queries[target], self.pins[target] = self.queries[source], [*self.pins[source]]
 
     def reorder(self, first: int, sources: list[int]) -> None:
         """Give slots `first`, `first` + 1, … what these slots have, all at once."""
@@ -231,3 +251,4 @@ class LayerCache:
         self.index[slot, :held], self.pinned[slot, :held] = state["index"], state["pinned"]
         query = state.get("queries")
         self.held[slot], self.queries[slot] = held, None if query is None else query.to(self.index.device)
+        self.pins[slot] = []  # the marks came along

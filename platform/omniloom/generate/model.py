@@ -110,6 +110,8 @@ def ready(path: Path, precision: str) -> WritingModel:
 
 def _configs(options: dict[str, Any]) -> tuple[DecodingConfig, EngineConfig]:
     """Options by name as the two configurations that have them."""
+    if isinstance(options.get("stop"), str):
+        options |= {"stop": [options["stop"]]}
     names = [{field.name for field in fields(kind)} - {"cache"} for kind in (DecodingConfig, EngineConfig, CacheConfig)]
     for name in options:
         if not any(name in known for known in names):

@@ -93,7 +93,10 @@ class AnswerFile:
     def __init__(self, path: Path, asked: dict[str, Any], prompts: list[Prompt]) -> None:
         self._path, self._partial = path, path.with_name(f".{path.name}.partial")
         self._head = json.dumps(asked).encode() + b"\n"
-        self._stream: BinaryIO = open(self._partial, "a+b")  # noqa: SIM115 — held until the end
+        try:
+            self._stream: BinaryIO = open(self._partial, "a+b")  # noqa: SIM115 — held until the end
+        except OSError as error:
+            raise ConfigError(f"out={path} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process dies
         except OSError as error:
@@ -120,9 +123,7 @@ class AnswerFile:
         for line in self._stream:
             if not line.endswith(b"\n") or done == len(prompts):
                 break
-            if {key: value for key, value in json.loads(line).items() if key in ("prompt", "messages")} != (
-                prompts[done].asked
-            ):
+            if _said(line) != prompts[done].asked:
                 break
             whole, done = whole + len(line), done + 1
         self._stream.truncate(whole)
@@ -172,3 +173,11 @@ def answer_all(
                 told += 1
         total = total.plus(writer.figures)
     writer.figures = total
+
+
+def _said(line: bytes) -> dict[str, Any] | None:
+    """What an answer's line says was asked; None where it is damaged."""
+    try:
+        return {key: value for key, value in json.loads(line).items() if key in ("prompt", "messages")}
+    except (ValueError, AttributeError):
+        return None

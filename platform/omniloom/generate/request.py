@@ -81,14 +81,14 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def contents(document: Document) -> np.ndarray:
-    """A number a token that says what stands there: its id, or what is seen or heard; int64 (N,).
+    """A number a token that says what stands there: its id, or what is seen where, or heard; int64 (N,).
 
     Two prompts share a prefix where these are equal.
     """
     numbers = document.input_ids.astype(np.int64)
     for kind, rows in ((IMAGE, document.image), (VIDEO, document.video)):
         at = document.modality == kind
-        numbers[at] = [_digest(row) for row in rows]
+        numbers[at] = [_digest(row, place) for row, place in zip(rows, document.position[at], strict=True)]
     clip = 0
     starts = [*document.segment_starts.tolist(), len(document)]
     first = np.concatenate([[0], document.audio_frames.cumsum()])
@@ -99,7 +99,7 @@ def contents(document: Document) -> np.ndarray:
     return numbers
 
 
-def _digest(rows: np.ndarray) -> int:
+def _digest(*rows: np.ndarray) -> int:
     """Below 0, as no id is."""
-    digest = hashlib.blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=7).digest()
+    digest = hashlib.blake2b(b"".join(np.ascontiguousarray(one).tobytes() for one in rows), digest_size=7).digest()
     return -1 - int.from_bytes(digest, "big")

@@ -12,13 +12,14 @@ from torch import Tensor
 from omniloom.generate.config import SamplingConfig
 
 
-def distributions(logits_BV: Tensor, configs: Sequence[SamplingConfig], occurred: Sequence[Tensor]) -> Tensor:
+def distributions(logits_BV: Tensor, configs: Sequence[SamplingConfig], occurred: Sequence[Tensor | None]) -> Tensor:
     """What each sequence's next token is drawn from, float32 (B, V); each row sums to 1.
 
     Penalty, temperature, top-k, top-p and min-p in this order (`SamplingConfig`); at temperature 0 all mass is on the
-    likeliest. `occurred` are each sequence's ids up to here, of which the penalty knows. Sources: Keskar et al. 2019
-    (penalty), Fan et al. 2018 (top-k), Holtzman et al. 2020 (nucleus: the smallest set whose mass reaches p, the
-    likeliest always in it), Nguyen et al. 2024 (min-p, relative to the likeliest).
+    likeliest; ties with the k-th stay. `occurred` says which ids each sequence has up to here, bool (V,), where it has
+    a penalty. Sources: Keskar et al. 2019 (penalty), Fan et al. 2018 (top-k), Holtzman et al. 2020 (nucleus: the
+    smallest set whose mass reaches p, the likeliest always in it), Nguyen et al. 2024 (min-p, relative to the
+    likeliest).
     """
     logits_BV = logits_BV.float()
     if any(config.repetition_penalty != 1.0 for config in configs):
@@ -48,11 +49,11 @@ def _likeliest(share_BV: Tensor, top_k_B1: Tensor, top_p_B1: Tensor) -> Tensor:
     return torch.zeros_like(share_BV).scatter_(1, ordered.indices, top_BV.where(kept_BV, 0.0))
 
 
-def penalised(logits_V: Tensor, occurred: Tensor, penalty: float) -> Tensor:
+def penalised(logits_V: Tensor, occurred_V: Tensor | None, penalty: float) -> Tensor:
     """Logits of tokens that occurred, divided by the penalty where positive and multiplied where negative."""
-    ids = occurred.unique()
-    logits = logits_V[ids]
-    return logits_V.index_copy(0, ids, torch.where(logits > 0, logits / penalty, logits * penalty))
+    if occurred_V is None:
+        return logits_V
+    return logits_V.where(~occurred_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty))
 
 
 def uniform(seed: int, index: int, use: int = 0) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from omniloom.errors import CheckpointError, ConfigError
 from omniloom.generate.chat import Part, Turn, opened, written_ids
-from omniloom.generate.config import CacheConfig, DecodingConfig, EngineConfig
+from omniloom.generate.config import MOST_TAKEN_BACK, CacheConfig, DecodingConfig, EngineConfig
 from omniloom.generate.kv_cache import KVCache
 from omniloom.generate.model import WritingModel
 from omniloom.generate.prompt import Medium
@@ -46,6 +46,17 @@ class State:
 
 
 @dataclass
+class Snapshot:
+    """Where a conversation can go back to."""
+
+    state: State
+    length: int  # tokens cached
+    tail: Tensor | None
+    pins: list[tuple[int, int]]
+    cached: dict[str, Tensor] | None  # all of the cache; None where cutting it back to `length` will do
+
+
+@dataclass
 class Kept:
     """What session.json holds."""
 
@@ -59,6 +70,7 @@ class Kept:
     answers: int
     condensed: int
     cache: CacheConfig
+    dtype: str  # of the weights
     format: int = FORMAT
 
 
@@ -76,9 +88,9 @@ class Session:
         config = EngineConfig(batch_size=1, prefill_tokens=prefill_tokens, cache=cache or CacheConfig())
         self._engine = model.engine(config, observes=True)
         part = max(1, model.prompter.context // ROOM_SHARE)
-        heavy = config.cache.heavy_tokens
-        self._kept = (part, part) if heavy is None else (heavy, config.cache.recent_tokens)
-        self._before: tuple[State, dict[str, Tensor]] | None = None  # the last exchange
+        heavy, recent = config.cache.heavy_tokens, config.cache.recent_tokens
+        self._kept = (part, part) if heavy is None else (min(heavy, part), min(recent, part))
+        self._before: tuple[Snapshot, bool] | None = None  # the last exchange, and whether to keep it
 
     @property
     def cache(self) -> KVCache:
@@ -105,24 +117,22 @@ class Session:
         stops = [*decoding.stop, *(stop for stop in STOPS if stop not in decoding.stop)]
         decoding = replace(decoding, stop=stops, seed=decoding.seed + self.state.answers)
         decoding.check()
-        turn, is_new = Turn("user", parts), not self.cache.lengths[0]
-        before = replace(self.state, turns=[*self.turns]), self.cache.state(0)
-        prompt = self._prompt([*self._told(), turn] if is_new else [turn], continues=not is_new)
-        self._make_room(len(prompt), decoding.max_new_tokens)
-        begins = self.cache.lengths[0]
+        turn, before = Turn("user", parts), self._snapshot()
         answer: Answer | None = None
         try:
+            self._make_room(turn, decoding.max_new_tokens, before)
+            begins, prompt = self.cache.lengths[0], self._next(turn)
+            kept = len(prompt) if keep else 0 if begins else self._told_tokens()
+            self.cache.pin(0, begins, begins + kept)
             for event in self._engine.stream([Request(prompt, decoding, goes_on=True)]):
                 answer = event.answer
                 yield event
         finally:
             if answer is None:
-                self._restore(*before)
+                self._restore(before)
             else:
-                self._before = before
-                self._heard(turn, answer, begins + len(prompt))
-                told = self._told_tokens() if is_new else 0
-                self.cache.pin(0, begins, begins + (len(prompt) if keep else told))
+                self._before = before, keep
+                self._heard(turn, answer, begins, prompt, kept)
 
     def _told(self) -> list[Turn]:
         return [] if self.system is None else [Turn("system", [self.system])]
@@ -131,77 +141,105 @@ class Session:
         """Of bos and the system prompt."""
         return 1 + sum(map(len, self.model.prompter.encoded(opened(self._told()))))
 
-    def _prompt(self, turns: list[Turn], continues: bool) -> Document:
-        """What was written and is not cached yet, the turns, and the header that the assistant goes on from."""
+    def _next(self, turn: Turn) -> Document:
+        """What was written and is not cached yet, the turn, and the header that the assistant goes on from."""
+        prompter, is_new = self.model.prompter, not self.cache.lengths[0]
         ids = np.asarray(self.state.pending, np.int32)
         pending = [text_segment(ids, is_target=False)] if len(ids) else []
-        prompter = self.model.prompter
-        laid = prompter.encoded(opened([*turns, Turn(ASSISTANT, [])], continues))
-        return prompter.woven([*pending, *laid], begins=not continues)
+        turns = [*self._told(), turn] if is_new else [turn]
+        laid = prompter.encoded(opened([*turns, Turn(ASSISTANT, [])], continues=not is_new))
+        return prompter.woven([*pending, *laid], begins=is_new)
 
-    def _heard(self, turn: Turn, answer: Answer, begins: int) -> None:
+    def _heard(self, turn: Turn, answer: Answer, begins: int, prompt: Document, pinned: int) -> None:
         """Keep an exchange; what was written behind the answer's end is taken out of the cache again."""
-        text = self.model.prompter.text
+        text, base = self.model.prompter.text, begins + len(prompt)
         ids = written_ids(text, answer)
-        kept = text.encode(answer.text).tolist() if ids is None else ids
-        cached = answer.ids[: self.cache.lengths[0] - begins]
+        said = answer.text.removeprefix(" ")
+        kept = text.encode(f" {said}").tolist() if ids is None else ids  # as the template has it
+        cached = answer.ids[: self.cache.lengths[0] - base]
         alike = [a == b for a, b in zip(kept, cached, strict=False)]
         common = alike.index(False) if False in alike else len(alike)
-        self.cache.truncate(0, begins + common)
-        turns = [*self.turns, turn, Turn(ASSISTANT, [answer.text.removeprefix(" ")], ids)]
+        if len(cached) - common > MOST_TAKEN_BACK and self._before is not None:
+            self._restore(self._before[0])  # too far to go back: the prompt is read again
+            self.cache.pin(0, begins, begins + pinned)
+            self._engine.read(prompt)
+            common = 0
+        self.cache.truncate(0, base + common)
+        # Of files the names stay: what was read of them is cached.
+        parts = [replace(part, segments=[]) if isinstance(part, Medium) else part for part in turn.parts]
+        turns = [*self.turns, Turn(turn.role, parts), Turn(ASSISTANT, [said], ids)]
         self.state = replace(self.state, turns=turns, pending=kept[common:], answers=self.state.answers + 1)
 
-    def take_back(self) -> list[Part]:
-        """Unsay the last exchange: what was asked. Another answer will be drawn anew."""
+    def take_back(self) -> tuple[list[Part], bool]:
+        """Unsay the last exchange: what was asked, and whether to keep it. Another answer will be drawn anew."""
         if self._before is None:
-            raise ConfigError("nothing was answered yet")
-        parts, answers = self.turns[-2].parts, self.state.answers
-        self._restore(*self._before)
+            raise ConfigError("nothing was answered here yet")
+        parts, answers = [self._read(part) for part in self.turns[-2].parts], self.state.answers
+        before, keep = self._before
+        self._restore(before)
         self.state, self._before = replace(self.state, answers=answers), None
-        return parts
+        return parts, keep
 
-    def _restore(self, state: State, cached: dict[str, Tensor]) -> None:
-        self.cache.clear(0)
-        self.state = state
-        self.cache.restore(0, cached)
+    def _snapshot(self) -> Snapshot:
+        """What `_restore` needs: of a cache that only grows, how far it came, else all of it."""
+        grows = self.model.config.attention_pattern == "full" and self.cache.config.heavy_tokens is None
+        cached = None if grows else self.cache.state(0)
+        state, pins = replace(self.state, turns=[*self.turns]), [*self.cache.layers[0].pins[0]]
+        return Snapshot(state, self.cache.lengths[0], self.cache.tails[0], pins, cached)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.state = snapshot.state
+        if snapshot.cached is None:
+            self.cache.truncate(0, snapshot.length)
+            self.cache.tails[0] = snapshot.tail
+        else:
+            self.cache.clear(0)
+            self.cache.restore(0, snapshot.cached)
+        for layer in self.cache.layers:
+            layer.pins[0] = [*snapshot.pins]
 
     def begin_again(self, system: str | None, turns: Iterable[Turn] = ()) -> None:
-        """Tell the model something else first of all; these turns are read again behind it."""
+        """Tell the model something else first of all; these turns are read again behind it, but for the oldest where
+        the context has no room for all."""
+        prompter, told = self.model.prompter, [] if system is None else [Turn("system", [system])]
+        read = [replace(turn, parts=[self._read(part) for part in turn.parts]) for turn in turns]
+        parts = prompter.context - prompter.context // ROOM_SHARE
+        document = prompter.woven(prompter.encoded(opened([*told, *read]))) if read else None
+        while document is not None and len(document) > parts:
+            read = read[2:]
+            document = prompter.woven(prompter.encoded(opened([*told, *read]))) if read else None
+        # Nothing can go wrong from here on.
         self.cache.clear(0)
-        self.system, self._before, said = system, None, list(turns)
-        self.state = replace(self.state, turns=said, pending=[])
-        if said:
-            read = [replace(turn, parts=[self._read(part) for part in turn.parts]) for turn in said]
-            self._engine.read(self.model.prompter.woven(self.model.prompter.encoded(opened([*self._told(), *read]))))
+        self.system, self._before = system, None
+        self.state = replace(self.state, turns=read, pending=[])
+        if document is not None:
             self.cache.pin(0, 0, self._told_tokens())
+            self._engine.read(document)
 
     def _read(self, part: Part) -> Part:
-        """A file that was only named up to now."""
-        is_unread = isinstance(part, Medium) and not part.segments
-        return self.model.prompter.medium(part.kind, part.name) if is_unread else part  # type: ignore[union-attr]
+        """A file that is only named."""
+        if isinstance(part, Medium) and not part.segments:
+            return self.model.prompter.medium(part.kind, part.name)
+        return part
 
-    def _make_room(self, tokens: int, answer_tokens: int) -> None:
+    def _make_room(self, turn: Turn, answer_tokens: int, before: Snapshot) -> None:
         """Where the context would not hold turn and answer: forget what is neither pinned nor heavy nor new, or where
         keys cannot be moved, the oldest exchanges."""
         context = self.model.prompter.context
-        wanted = tokens + min(answer_tokens, context // ROOM_SHARE)
+        wanted = len(self._next(turn)) + min(answer_tokens, context // ROOM_SHARE)
         if self.cache.lengths[0] and self.cache.lengths[0] + wanted > context:
+            before.cached = before.cached or self.cache.state(0)
             if self.model.config.position == "rope":
                 self.cache.condense(0, *self._kept)
             else:
-                self._forget_oldest(context - wanted)
+                self.begin_again(self.system, self.turns[2:])
             self.state = replace(self.state, condensed=self.state.condensed + 1)
-        if (cached := self.cache.lengths[0]) + tokens >= context:
+        tokens, cached = len(self._next(turn)), self.cache.lengths[0]
+        if cached + tokens >= context:
             raise ConfigError(
                 f"a turn of {tokens:,} tokens leaves no room in the model's context, model.max_position_embeddings="
                 f"{context:,}, beside the {cached:,} that are kept"
             )
-
-    def _forget_oldest(self, tokens: int) -> None:
-        turns = self.turns
-        while self.cache.lengths[0] > tokens and turns:
-            turns = turns[2:]
-            self.begin_again(self.system, turns)
 
     # On disk.
 
@@ -218,7 +256,7 @@ class Session:
         kept = Kept(
             fingerprint(self.model), cache_file.name, digest, [turn.message() for turn in state.turns],
             [turn.ids for turn in state.turns], self.system, state.pending, state.answers, state.condensed,
-            self._engine.config.cache,
+            self._engine.config.cache, _dtype(self.model),
         )  # fmt: skip
         partial = folder / f"{FILE}.partial"
         partial.write_text(json.dumps(asdict(kept), indent=1, ensure_ascii=False), encoding="utf-8")
@@ -230,6 +268,10 @@ class Session:
     def open(cls, folder: Path, model: WritingModel, prefill_tokens: int = EngineConfig.prefill_tokens) -> "Session":
         """Take a session up again; raises CheckpointError for none, a damaged one, one of another model."""
         kept = _read_kept(folder)
+        if (dtype := _dtype(model)) != kept.dtype:
+            raise CheckpointError(
+                f"session {folder} was saved with weights in {kept.dtype}, these are {dtype}: set precision= as it was"
+            )
         if kept.model != fingerprint(model):
             raise CheckpointError(
                 f"session {folder} was saved by another model than {model.folder}: its cache means nothing to this "
@@ -243,8 +285,12 @@ class Session:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"session {folder} is damaged: {error}") from error
         session = cls(model, kept.cache, kept.system, prefill_tokens)
-        turns = [Turn.of(message, ids) for message, ids in zip(kept.messages, kept.ids, strict=True)]
-        session._restore(State(turns, kept.pending, kept.answers, kept.condensed), cached)
+        try:
+            turns = [Turn.of(message, ids) for message, ids in zip(kept.messages, kept.ids, strict=True)]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"session {folder} is damaged: a message in {FILE} lacks {error}") from error
+        session.state = State(turns, kept.pending, kept.answers, kept.condensed)
+        session.cache.restore(0, cached)
         return session
 
 
@@ -268,6 +314,10 @@ def fingerprint(model: WritingModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.flatten()[:SAMPLED_NUMBERS].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _dtype(model: WritingModel) -> str:
+    return str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
 def _sha256(file: Path) -> str:

@@ -27,7 +27,7 @@ class Asked(NamedTuple):
 
     slot: int
     ids: list[int]
-    occurred: Tensor
+    occurred: Tensor | None
     decoding: SamplingConfig
 
 
@@ -48,7 +48,12 @@ class Drafter(Protocol):
 
 
 def accept(
-    logits_TV: Tensor, drafts: list[int], guessed: list[Tensor], config: SamplingConfig, occurred: Tensor, first: int
+    logits_TV: Tensor,
+    drafts: list[int],
+    guessed: list[Tensor],
+    config: SamplingConfig,
+    occurred: Tensor | None,
+    first: int,
 ) -> list[int]:
     """The tokens that come of guesses: those accepted, and one more.
 
@@ -56,7 +61,7 @@ def accept(
     max(0, p − q), normalised; after the last comes a draw from p. `logits_TV` are those after the token before and
     after each guess, `first` the index of the first guess in the answer.
     """
-    before = [torch.cat([occurred, occurred.new_tensor(drafts[:step])]) for step in range(len(logits_TV))]
+    before = [_with(occurred, drafts[:step]) for step in range(len(logits_TV))]
     share_TV = distributions(logits_TV, [config] * len(logits_TV), before)
     for step, (guess, guessed_V, share_V) in enumerate(zip(drafts, guessed, share_TV, strict=False)):
         if uniform(config.seed, first + step, JUDGED) * float(guessed_V[guess]) >= float(share_V[guess]):
@@ -65,6 +70,13 @@ def accept(
             anew_V = rest_V if rest_V.any() else share_V
             return [*drafts[:step], *draw(anew_V[None], [uniform(config.seed, first + step)])]
     return [*drafts, *draw(share_TV[-1:], [uniform(config.seed, first + len(drafts))])]
+
+
+def _with(occurred_V: Tensor | None, ids: list[int]) -> Tensor | None:
+    """What occurred, and these."""
+    if occurred_V is None or not ids:
+        return occurred_V
+    return occurred_V.index_fill(0, torch.tensor(ids, device=occurred_V.device), True)
 
 
 class _Guesses:
@@ -77,10 +89,7 @@ class _Guesses:
 
     def add(self, logits_BV: Tensor) -> None:
         """Draw one more of each."""
-        occurred = [
-            torch.cat([one.occurred, one.occurred.new_tensor(ids)]) if len(one.occurred) else one.occurred
-            for one, ids in zip(self.asked, self.ids, strict=True)
-        ]
+        occurred = [_with(one.occurred, ids) for one, ids in zip(self.asked, self.ids, strict=True)]
         share_BV = distributions(logits_BV, [one.decoding for one in self.asked], occurred)
         numbers = [
             uniform(one.decoding.seed, len(one.ids) + len(ids), GUESSED)
@@ -104,6 +113,11 @@ class ModelDrafter:
             raise ConfigError(
                 f"the draft model's context of {decoder.config.max_position_embeddings:,} tokens is under the model's "
                 f"{of.config.max_position_embeddings:,}"
+            )
+        if decoder.config.widths != of.config.widths:
+            raise ConfigError(
+                f"the draft model reads pictures, sound and video in parts of {decoder.config.widths}, the model in "
+                f"parts of {of.config.widths}: both must read the same media"
             )
         self.decoder, self.tokens = decoder, tokens
         self.cache = KVCache(decoder, CacheConfig(), slots)

@@ -154,10 +154,10 @@ class Terminal:
         self._tell(f"({sum(map(len, medium.segments)):,} tokens, for the next message)")
 
     def _regenerate(self, _: str) -> None:
-        parts = self.session.take_back()
+        parts, keep = self.session.take_back()
         if not self._decoding.temperature:
             self._tell("(temperature=0 gives the same answer)")
-        self._ask(parts)
+        self._ask(parts, keep)
 
     def _reset(self, _: str) -> None:
         self._attached = []

@@ -86,11 +86,15 @@ def _reach(query_BT: Tensor, spans: list[list[Span]]) -> Tensor:
 def attend_masked(
     query_BTHd: Tensor, key_BSKd: Tensor, value_BSKv: Tensor, visible_BTS: Tensor | None, scale: float
 ) -> Tensor:
-    """softmax(scale · QKᵀ + M) V, (B, T, H, v)."""
-    width = value_BSKv.shape[-1]
+    """softmax(scale · QKᵀ + M) V, (B, T, H, v).
+
+    Heads that share a key are as many more queries: one product instead of one for each.
+    """
+    width, tokens = value_BSKv.shape[-1], query_BTHd.shape[1]
     value_BSKv = F.pad(value_BSKv, (0, max(0, key_BSKd.shape[-1] - width)))  # as in attend_fully
-    query, key, value = (x.transpose(1, 2) for x in (query_BTHd, key_BSKd, value_BSKv))
-    mask = None if visible_BTS is None else visible_BTS[:, None]
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)[..., :width]
+    query_BTKGd = query_BTHd.unflatten(2, (key_BSKd.shape[2], -1))
+    sharing = query_BTKGd.shape[3]
+    query = query_BTKGd.permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, K, T · G, d)
+    mask = None if visible_BTS is None else visible_BTS.repeat_interleave(sharing, dim=1)[:, None]
+    out = F.scaled_dot_product_attention(query, key_BSKd.transpose(1, 2), value_BSKv.transpose(1, 2), mask, scale=scale)
+    return out.unflatten(2, (tokens, sharing)).permute(0, 2, 1, 3, 4).flatten(2, 3)[..., :width]
