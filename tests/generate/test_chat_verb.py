@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -120,7 +121,7 @@ def test_commands(say: Any, folder: Path) -> None:
     assert err.count("error: ") == 7  # and one that says so at the end
     for told in (
         "/regenerate        answer the last message again",
-        "error: nothing was answered yet",
+        "error: nothing was answered here yet",
         "(4 tokens, for the next message)",
         "error: cannot read nowhere.png",
         "error: unknown command /imagee; did you mean 'image'?",
@@ -214,6 +215,14 @@ class Seat:
         before, _, self.seen = self.seen.partition(text)
         return before + text
 
+    def interrupt(self, text: str) -> str:
+        """Ctrl-C, again where readline missed it just before it began to wait; what is seen up to and with `text`."""
+        for _ in range(20):
+            os.kill(self.process.pid, signal.SIGINT)
+            if select.select([self.master], [], [], 3.0)[0]:
+                break
+        return self.until(text)
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -231,13 +240,11 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(folder: Path) -
     deadline = time.monotonic() + 60
     while len(seat.seen) < 40 and time.monotonic() < deadline:
         seat.seen += os.read(seat.master, 1 << 16).decode(errors="replace")
-    os.kill(seat.process.pid, 2)
-    assert "\x1b" not in seat.until("(stopped)")
+    assert "\x1b" not in seat.interrupt("(stopped)")
     seat.until("> ")
     seat.type("half a line")
     seat.until("half a line")
-    os.kill(seat.process.pid, 2)
-    seat.until("(Ctrl-D leaves)")
+    seat.interrupt("(Ctrl-D leaves)")
     seat.type("/save said.jsonl\n/stats\n")
     seat.until("tokens read")
     seat.until("> ")

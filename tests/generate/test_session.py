@@ -74,8 +74,8 @@ def test_what_was_said_is_read_once_and_laid_out_as_in_training(tmp_path, kind):
     model = omniloom.load(save_writer(tmp_path / "model", kind, max_position_embeddings=400))
     Image.new("RGB", (4, 4), (200, 30, 90)).save(tmp_path / "red.png")
     session = Session(model, system="be kind")
-    whole = said(session, "the cat", replace(HUNDRED, max_new_tokens=20))
-    middle = model.prompter.text.decode(whole[8:11])
+    said(session, "the cat", replace(HUNDRED, max_new_tokens=20))
+    middle = session.turns[1].parts[0][8:11]
     session = Session(model, system="be kind")
     for text, stop in (("the cat", middle), (f"{{image:{tmp_path}/red.png}} the dog", "sat"), ("sat on", "x")):
         decoding = replace(DECODING, max_new_tokens=20, stop=[stop])
