@@ -27,7 +27,7 @@ from omniloom.model.decoder import Decoder
 
 REAL = Path(os.environ.get("OMNILOOM_TEST_DATA", ROOT.parent / "shared" / "data"))
 HELD_OUT = ROOT / "corpora" / "demo" / "files" / "topics" / "heldout"
-SHARE, RECENT = 0.25, 16
+SHARE, RECENT = 0.25, 8
 
 
 @torch.no_grad()

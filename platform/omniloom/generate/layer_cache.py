@@ -151,7 +151,10 @@ class LayerCache:
             self._keep(slot, stays)
 
     def mass(self, slot: int) -> Tensor:
-        """Σ over recent queries and heads of softmax(scale · q·k), shared with its neighbours; float32 (S,)."""
+        """max over recent queries of Σ over heads of softmax(scale · q·k), shared with its neighbours; float32 (S,).
+
+        The most and not the sum: what one query looks up is as heavy as what all of them look at.
+        """
         held, query_RHd = self.held[slot], self.queries[slot]
         assert query_RHd is not None
         key_SKd = self._keys(slot)
@@ -160,7 +163,7 @@ class LayerCache:
         index = self.index[slot, :held]
         asked = torch.arange(self.begins[slot] - len(query_RHd), self.begins[slot], device=index.device)
         scores = scores.masked_fill((index > asked[:, None])[:, None, None], -torch.inf)
-        mass_S = scores.softmax(dim=-1).sum(dim=(0, 1, 2))
+        mass_S = scores.softmax(dim=-1).sum(dim=(1, 2)).amax(dim=0)
         return F.max_pool1d(mass_S[None], CLUSTER_TOKENS, stride=1, padding=CLUSTER_TOKENS // 2)[0]
 
     def _keys(self, slot: int) -> Tensor:
