@@ -59,6 +59,8 @@ class GroupedAttention(nn.Module):
         return self.o_proj(attended.flatten(-2))
 
     def _turn(self, x_BTHd: Tensor, table: Tensor) -> Tensor:
+        if self.config.rotary_width == self.width:
+            return apply_rope(x_BTHd, table, self.config.rope_interleave)
         rotary, rest = x_BTHd.split([self.config.rotary_width, self.width - self.config.rotary_width], dim=-1)
         return torch.cat([apply_rope(rotary, table, self.config.rope_interleave), rest], dim=-1)
 
@@ -141,7 +143,8 @@ def attend_fully(query_nHd: Tensor, key_nKd: Tensor, value_nKv: Tensor, spans: l
     """Every token sees all before it in its document, and all of its own span (a picture, a frame); (n, H, v)."""
     # The kernel leaves its fast path when the value width differs from the key width: pad, attend, cut.
     width = value_nKv.shape[-1]
-    value_nKv = F.pad(value_nKv, (0, max(0, key_nKd.shape[-1] - width)))
+    if width < key_nKd.shape[-1]:
+        value_nKv = F.pad(value_nKv, (0, key_nKd.shape[-1] - width))
     query, key, value = (x.transpose(0, 1)[None] for x in (query_nHd, key_nKd, value_nKv))
     grouped = query_nHd.shape[1] != key_nKd.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)

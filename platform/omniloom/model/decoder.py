@@ -68,7 +68,7 @@ class Layer(nn.Module):
         )
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout, self.training)
+        return F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
 
 
 class MultiTokenPrediction(nn.Module):

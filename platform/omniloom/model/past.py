@@ -91,7 +91,8 @@ def attend_masked(
     Heads that share a key are as many more queries: one product instead of one for each.
     """
     width, tokens = value_BSKv.shape[-1], query_BTHd.shape[1]
-    value_BSKv = F.pad(value_BSKv, (0, max(0, key_BSKd.shape[-1] - width)))  # as in attend_fully
+    if width < key_BSKd.shape[-1]:  # as in attend_fully
+        value_BSKv = F.pad(value_BSKv, (0, key_BSKd.shape[-1] - width))
     query_BTKGd = query_BTHd.unflatten(2, (key_BSKd.shape[2], -1))
     sharing = query_BTKGd.shape[3]
     query = query_BTKGd.permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, K, T · G, d)
