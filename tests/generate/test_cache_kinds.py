@@ -168,3 +168,12 @@ def test_keys_that_are_moved_are_those_of_their_new_places(kind):
     moved, there = (first.kept[which].read(slot, slot + 1, 42)[0] for slot in (1, 0))
     torch.testing.assert_close(moved[:21], there[21:42], atol=1e-5, rtol=1e-5)
     assert first.index[1, :21].tolist() == list(range(21, 42))
+
+
+def test_without_a_recent_query_the_newest_are_heaviest():
+    decoder = tiny_decoder(**KINDS["latent"])
+    cache = KVCache(decoder, CacheConfig(heavy_tokens=5, recent_tokens=50, observed_queries=3), 1)
+    read(decoder, cache, 0, prompt(words(40, 1)), 100)
+    cache.truncate(0, 30)
+    cache.layers[0].keep_heavy(0, 4, 6)
+    assert cache.layers[0].index[0, : cache.layers[0].held[0]].tolist() == list(range(20, 30))

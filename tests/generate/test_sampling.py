@@ -115,7 +115,7 @@ def test_log_probabilities_and_entropies():
         assert float(entropy[row]) == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_accepted_guesses_have_the_models_distribution(temperature):
     """Over 10,000 draws: whatever the guesses are drawn from, the first token comes from the model's distribution."""
     generator = torch.Generator().manual_seed(1)
@@ -130,6 +130,7 @@ def test_accepted_guesses_have_the_models_distribution(temperature):
     assert stats.chisquare(counts, expected).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", [None, "modules", "model"])
 def test_pairs_of_tokens_come_from_the_models_distribution(drafter):
     """10,048 answers of two tokens by a real engine, their pairs against all pairs' probabilities."""

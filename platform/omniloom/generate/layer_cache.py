@@ -153,10 +153,12 @@ class LayerCache:
     def mass(self, slot: int) -> Tensor:
         """max over recent queries of Σ over heads of softmax(scale · q·k), shared with its neighbours; float32 (S,).
 
-        The most and not the sum: what one query looks up is as heavy as what all of them look at.
+        The most and not the sum: what one query looks up is as heavy as what all of them look at. Where no query is
+        remembered, all having been taken back, the newer is the heavier.
         """
         held, query_RHd = self.held[slot], self.queries[slot]
-        assert query_RHd is not None
+        if query_RHd is None or not len(query_RHd):
+            return self.index[slot, :held].float()
         key_SKd = self._keys(slot)
         grouped_RKGd = query_RHd.float().unflatten(1, (key_SKd.shape[1], -1))
         scores = torch.einsum("rkgd,skd->rkgs", grouped_RKGd, key_SKd) * self.scale
