@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ["WANDB_MODE"] = "offline"
 # Libraries that find matplotlib import it, and it keeps a list of fonts in the home directory.
 os.environ["MPLCONFIGDIR"] = str(Path(tempfile.gettempdir()) / "omniloom-matplotlib")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves ranks beside anything else
 os.environ.pop("RAY_ADDRESS", None)  # never somebody else's cluster
 
 

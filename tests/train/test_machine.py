@@ -40,6 +40,7 @@ def measured_on(workers: int, folder: Path) -> Measurements:
     return found
 
 
+@pytest.mark.soak
 def test_one_rank_is_measured_alone(ray_cluster: None, tmp_path: Path) -> None:
     found = measured_on(1, tmp_path)
     assert [rates.ranks for rates in found.rates] == [1]

@@ -121,7 +121,7 @@ def test_each_medium_is_missing_in_turn() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_a_rank_without_a_medium_does_not_hang_the_other(
     zero_stage: int, alone: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -146,7 +146,7 @@ def test_every_encoder_and_the_mtp_module_learned(alone: dict[str, Any]) -> None
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("zero_stage", "clipping"), [(0, 1.0), (3, 0.0)])
+@pytest.mark.parametrize(("zero_stage", "clipping"), [(0, 1.0), pytest.param(3, 0.0, marks=pytest.mark.soak)])
 def test_muon_learns_alike_on_one_rank_and_two_and_both_groups_follow_the_schedule(
     ray_cluster: None, tmp_path: Path, zero_stage: int, clipping: float
 ) -> None:
@@ -201,7 +201,10 @@ def fail_on_rank_one(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
-    [("ours", DataError, "the disk is full"), ("theirs", ClusterError, "rank 1 failed: RuntimeError: surprise")],
+    [
+        pytest.param("ours", DataError, "the disk is full", marks=pytest.mark.soak),
+        ("theirs", ClusterError, "rank 1 failed: RuntimeError: surprise"),
+    ],
 )
 def test_the_first_cause_is_named(kind: str, error: type, message: str, ray_cluster: None) -> None:
     with pytest.raises(error, match=message):
