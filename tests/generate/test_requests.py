@@ -178,7 +178,7 @@ def test_what_goes_on_from_an_answer_reads_only_what_is_new(kind, tokenizer):
 
 def test_a_slot_that_is_used_again_gives_no_stale_prefix(tokenizer):
     """A, B and C begin alike; B takes over A's own slot, then C comes, which has more of A than B has."""
-    decoder, engine = decoder_of(), None
+    decoder = decoder_of()
     common, short = words(20, 1), DecodingConfig(max_new_tokens=2, ignore_eos=True)
     long = DecodingConfig(max_new_tokens=12, ignore_eos=True)
     starts = []
@@ -233,3 +233,14 @@ def test_guesses_and_a_selective_cache_are_refused_together():
         EngineConfig(draft_tokens=1, cache=CacheConfig(heavy_tokens=8)).check()
     with pytest.raises(ConfigError, match="draft_tokens=65 is over the 64"):
         EngineConfig(draft_tokens=65).check()
+
+
+def test_a_draft_model_of_text_is_given_no_pictures(tokenizer):
+    decoder = decoder_of()
+    smaller = decoder_of(image_patch_pixels=None)
+    engine = engine_of(decoder, tokenizer, draft_tokens=2)
+    engine.draft = ModelDrafter(smaller, decoder, 2, 3)
+    plain, shown = prompts(2)
+    assert engine.generate([Request(plain, DecodingConfig(max_new_tokens=4, ignore_eos=True))])[0].ids
+    with pytest.raises(ConfigError, match="this prompt has some"):
+        engine.generate([Request(shown, DecodingConfig(max_new_tokens=4))])

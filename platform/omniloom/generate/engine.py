@@ -94,6 +94,8 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         request.decoding.check()
+        if self.draft is not None:
+            self.draft.check(request.prompt)
         tokens, context = len(request.prompt), self.decoder.config.max_position_embeddings
         if not tokens:
             raise ConfigError("the prompt is empty: a model goes on from something, if only from bos")

@@ -16,6 +16,7 @@ from omniloom.generate.config import CacheConfig, SamplingConfig
 from omniloom.generate.forward import Passed, Piece, forward
 from omniloom.generate.kv_cache import KVCache, groups_of
 from omniloom.generate.sampling import distributions, draw, uniform
+from omniloom.modality.sequence import Document
 from omniloom.model.decoder import Decoder
 from omniloom.model.position import find_places
 
@@ -33,6 +34,9 @@ class Asked(NamedTuple):
 
 class Drafter(Protocol):
     """Who guesses."""
+
+    def check(self, prompt: Document) -> None:
+        """Raise ConfigError for a prompt that it cannot read."""
 
     def follow(self, pieces: list[Piece], passed: Passed) -> None:
         """Take note of what the model was given and made of it."""
@@ -114,15 +118,19 @@ class ModelDrafter:
                 f"the draft model's context of {decoder.config.max_position_embeddings:,} tokens is under the model's "
                 f"{of.config.max_position_embeddings:,}"
             )
-        if decoder.config.widths != of.config.widths:
-            raise ConfigError(
-                f"the draft model reads pictures, sound and video in parts of {decoder.config.widths}, the model in "
-                f"parts of {of.config.widths}: both must read the same media"
-            )
         self.decoder, self.tokens = decoder, tokens
+        self._reads_media = decoder.config.widths == of.config.widths
         self.cache = KVCache(decoder, CacheConfig(), slots)
         self._prompts = [0] * slots  # tokens
         self._shares: dict[int, list[Tensor]] = {}
+
+    def check(self, prompt: Document) -> None:
+        """Raise ConfigError for a prompt with media that the model alone can read."""
+        if prompt.modality.any() and not self._reads_media:
+            raise ConfigError(
+                "the draft model does not read pictures, sound and video as the model does, and this prompt has some: "
+                "leave out draft, or give it text alone"
+            )
 
     def follow(self, pieces: list[Piece], passed: Passed) -> None:
         """Read what is of a prompt; answers are read when guesses are wanted."""
@@ -200,6 +208,9 @@ class ModulesDrafter:
         self._embedded = [_Rows() for _ in range(cache.slots)]
         self._states = [[_Rows() for _ in range(cache.slots)] for _ in range(tokens)]  # what module k + 1 reads
         self._shares: dict[int, list[Tensor]] = {}
+
+    def check(self, prompt: Document) -> None:
+        """They read what the model read."""
 
     def follow(self, pieces: list[Piece], passed: Passed) -> None:
         """Keep states and embeddings; a prompt's are read at once."""
