@@ -5,9 +5,10 @@ import torch
 from writing import KINDS, mixed_prompts, prompt, uncached, words
 
 from omniloom.errors import ConfigError
-from omniloom.generate.config import CacheConfig
+from omniloom.generate.config import MOST_TAKEN_BACK, CacheConfig
 from omniloom.generate.forward import Piece, forward, read
 from omniloom.generate.kv_cache import KVCache
+from omniloom.model.sparse_attention import visible_keys
 from tiny_decoders import tiny_decoder
 
 STEPS = 20
@@ -65,6 +66,21 @@ def test_sparse_attention_keeps_what_it_may_still_see_and_no_more():
     cache.settle(0, lazily=False)
     # Of 50 tokens the next sees 46 … 49 and, its stride 32 by then, 0 and 32.
     assert all(layer.index[0, : layer.held[0]].tolist() == [0, 32, 46, 47, 48, 49] for layer in cache.layers)
+
+
+def test_what_is_seen_from_as_far_back_as_can_be_gone_is_kept():
+    """However many of the newest are taken back: guesses, or what an answer's stop string cuts off."""
+    decoder = tiny_decoder(**KINDS["sparse latent"] | {"max_position_embeddings": 400})
+    cache, whole = KVCache(decoder, CacheConfig(), 1), prompt(words(390, 1))
+    for begin in range(0, 390, 3):
+        forward(decoder, cache, [Piece(0, whole.window(begin, begin + 3))])
+        cache.settle(0)
+        held = set(cache.layers[1].index[0, : cache.layers[1].held[0]].tolist())
+        for back in (0, 1, 7, MOST_TAKEN_BACK):
+            length = max(0, begin + 3 - back)
+            seen = visible_keys(torch.tensor([length]), torch.arange(length), 5, 2, 3)[0]
+            assert set(seen.nonzero().flatten().tolist()) <= held
+    assert len(held) < 100
 
 
 def test_linear_attention_has_no_cache():

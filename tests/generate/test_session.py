@@ -150,22 +150,6 @@ def test_another_system_prompt_leaves_out_the_oldest_where_the_context_is_short(
     assert said(session, "go") == expected
 
 
-def test_a_stop_far_behind_the_end_leaves_no_holes_in_the_window(tmp_path):
-    """What sparse attention sees next is all there, wherever the answer was cut."""
-    model = omniloom.load(save_writer(tmp_path / "model", "sparse latent", max_position_embeddings=400))
-    for seed in range(6):
-        session = Session(model)
-        free = said(session, "the cat", replace(HUNDRED, max_new_tokens=60, seed=seed))
-        text = model.prompter.text.decode(free)
-        session = Session(model)
-        said(session, "the cat", replace(HUNDRED, max_new_tokens=60, seed=seed, stop=[text[30:34]]))
-        length = session.cache.lengths[0]
-        limits = (5, 2, 3)
-        want = visible_keys(torch.tensor([length]), torch.arange(length), *limits)[0].nonzero().flatten().tolist()
-        for layer in session.cache.layers:
-            assert set(want) <= set(layer.index[0, : layer.held[0]].tolist())
-
-
 def test_where_keys_cannot_be_moved_the_oldest_exchanges_go(tmp_path):
     model = omniloom.load(save_writer(tmp_path / "model", "learned", max_position_embeddings=160))
     session = Session(model, system="the cat sat")
