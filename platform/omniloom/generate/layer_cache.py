@@ -151,10 +151,10 @@ class LayerCache:
             self._keep(slot, stays)
 
     def mass(self, slot: int) -> Tensor:
-        """max over recent queries of Σ over heads of softmax(scale · q·k), shared with its neighbours; float32 (S,).
+        """m_r = Σ over heads of softmax(scale · q_r·k); max over recent queries + the newest's own, float32 (S,).
 
-        The most and not the sum: what one query looks up is as heavy as what all of them look at. Where no query is
-        remembered, all having been taken back, the newer is the heavier.
+        Shared with neighbours. The most and not the sum: what one query looks up is as heavy as what all of them look
+        at. Where no query is remembered, all having been taken back, the newer is the heavier.
         """
         held, query_RHd = self.held[slot], self.queries[slot]
         if query_RHd is None or not len(query_RHd):
@@ -165,7 +165,8 @@ class LayerCache:
         index = self.index[slot, :held]
         asked = torch.arange(self.begins[slot] - len(query_RHd), self.begins[slot], device=index.device)
         scores = scores.masked_fill((index > asked[:, None])[:, None, None], -torch.inf)
-        mass_S = scores.softmax(dim=-1).sum(dim=(1, 2)).amax(dim=0)
+        mass_RS = scores.softmax(dim=-1).sum(dim=(1, 2))
+        mass_S = mass_RS.amax(dim=0) + mass_RS[-1]
         return F.max_pool1d(mass_S[None], CLUSTER_TOKENS, stride=1, padding=CLUSTER_TOKENS // 2)[0]
 
     def _keys(self, slot: int) -> Tensor:
