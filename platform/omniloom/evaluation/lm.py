@@ -8,17 +8,15 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from omniloom.errors import ConfigError, DataError
 from omniloom.evaluation.media import PLACEHOLDERS, Control, PromptMedia, split_prompt
+from omniloom.generate.prompt import Prompter
 from omniloom.modality.batch import MODEL_INPUTS, stack_rows
-from omniloom.modality.config import ModalityConfig
-from omniloom.modality.sequence import Document, Row, Segment, lay_row, weave
-from omniloom.modality.text import load_tokenizer
+from omniloom.modality.sequence import Document, Row, Segment, lay_row
 from omniloom.model.load import Model
 
 
@@ -34,11 +32,8 @@ class OmniloomLM(TemplateLM):
         super().__init__()
         self._decoder = model.decoder
         self._device = next(model.parameters()).device
-        self._text = load_tokenizer(model.folder / "tokenizer.json", may_be_foreign=True)
-        rules = model.folder / "modality.json"  # a Hugging Face folder has none, and reads text alone
-        self._modality = (
-            TypeAdapter(ModalityConfig).validate_json(rules.read_bytes()) if rules.is_file() else ModalityConfig()
-        )
+        self._prompter = Prompter(model)
+        self._text, self._modality = self._prompter.text, self._prompter.modality
         self._context_tokens = model.config.max_position_embeddings
         self._batch_tokens, self._control = batch_tokens, control
         self._media = PromptMedia(self._modality, control)
@@ -107,26 +102,19 @@ class OmniloomLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         raise ConfigError(
-            f"task {requests[0].task_name} asks for generated text, and generation is not built yet: choose tasks that "
-            "score given answers"
+            f"task {requests[0].task_name} asks for generated text, which evaluation does not take from the model yet: "
+            "choose tasks that score given answers"
         )
 
     def _document(self, head: list[Segment], context: list[int], target: list[int]) -> Document:
         """bos, head, context, target; eos is cut off again, nothing asks for it."""
-        segments = [*head, self._ids(context, False), self._ids(target, True)]
-        woven = weave(
-            [segment for segment in segments if len(segment)],
-            self._text.bos_id,
-            self._text.eos_id,
-            self._text.placeholder_ids,
-            self._modality.widths,
-        )
-        tokens = len(woven) - 1
-        if tokens > self._context_tokens:
+        woven = self._prompter.woven([*head, self._ids(context, False), self._ids(target, True)])
+        if len(woven) > self._context_tokens:
             raise DataError(
-                f"a prompt of {tokens:,} tokens is over the model's max_position_embeddings={self._context_tokens:,}"
+                f"a prompt of {len(woven):,} tokens is over the model's max_position_embeddings="
+                f"{self._context_tokens:,}"
             )
-        return woven.window(0, tokens)
+        return woven
 
     @staticmethod
     def _ids(ids: list[int], is_target: bool) -> Segment:

@@ -5,11 +5,10 @@ B beams, V vocabulary.
 
 import torch
 
-from omniloom.errors import ConfigError
 from omniloom.generate.config import CacheConfig
 from omniloom.generate.forward import Piece, forward, read
 from omniloom.generate.kv_cache import KVCache
-from omniloom.generate.request import Answer, Request
+from omniloom.generate.request import Answer, Request, first_stop, refuse_no_room
 from omniloom.generate.sampling import log_shares
 from omniloom.modality.text import TextTokenizer
 from omniloom.model.decoder import Decoder
@@ -28,15 +27,11 @@ def search(
     """
     decoding = request.decoding
     width, penalty = decoding.beams or 1, decoding.length_penalty
-    room = decoder.config.max_position_embeddings - len(request.prompt)
-    if room < 1:
-        raise ConfigError(
-            f"a prompt of {len(request.prompt):,} tokens leaves no room in the model's context: "
-            f"model.max_position_embeddings={decoder.config.max_position_embeddings:,}"
-        )
-    longest = min(decoding.max_new_tokens, room)
+    context = decoder.config.max_position_embeddings
+    refuse_no_room(request.prompt, context)
+    longest = min(decoding.max_new_tokens, context - len(request.prompt))
     kv, done = KVCache(decoder, cache, width), []
-    log_BV = log_shares(read(decoder, kv, 0, request.prompt, prefill_tokens)[None])[0]
+    log_BV, entropy_B = log_shares(read(decoder, kv, 0, request.prompt, prefill_tokens)[None])
     live = [Answer(prompt_tokens=len(request.prompt))]
 
     def score(answer: Answer) -> float:
@@ -44,20 +39,19 @@ def search(
 
     for length in range(1, longest + 1):
         summed_BV = log_BV + log_BV.new_tensor([beam.score for beam in live])[:, None]
-        entropies = -(log_BV.exp() * log_BV).sum(-1)
         best = summed_BV.flatten().topk(min(2 * width, summed_BV.numel())).indices.tolist()
         going: list[tuple[int, Answer]] = []
         for at in best:
             row, id = divmod(at, log_BV.shape[1])
             one = live[row]
             next_one = Answer(
-                [*one.ids, id], [*one.logprobs, float(log_BV[row, id])], [*one.entropies, float(entropies[row])],
+                [*one.ids, id], [*one.logprobs, float(log_BV[row, id])], [*one.entropies, float(entropy_B[row])],
                 prompt_tokens=one.prompt_tokens,
             )  # fmt: skip
             if id == text.eos_id and not decoding.ignore_eos:
                 next_one.finish = "eos"
                 done.append(next_one)
-            elif decoding.stop and any(stop in text.decode(next_one.ids) for stop in decoding.stop):
+            elif decoding.stop and first_stop(text.decode(next_one.ids), decoding.stop) is not None:
                 next_one.finish = "stop"
                 done.append(next_one)
             elif len(going) < width:
@@ -75,12 +69,11 @@ def search(
         passed = forward(decoder, kv, [Piece(row, one.ids[-1:]) for row, one in enumerate(live)])
         for row in range(len(live)):
             kv.settle(row)
-        log_BV = log_shares(torch.cat(passed.logits))[0]
+        log_BV, entropy_B = log_shares(torch.cat(passed.logits))
     for _, one in going:
         one.finish = "length"
     answers = sorted([*done, *(one for _, one in going)], key=score, reverse=True)[:width]
     for answer in answers:
         whole = text.decode(answer.ids)
-        found = [at for stop in decoding.stop if (at := whole.find(stop)) >= 0]
-        answer.text = whole[: min(found)] if found else whole
+        answer.text = whole[: first_stop(whole, decoding.stop)]
     return answers

@@ -15,7 +15,7 @@ from omniloom.errors import ConfigError
 from omniloom.generate.config import EngineConfig
 from omniloom.generate.forward import Piece, chunk_end, forward, glued, read
 from omniloom.generate.kv_cache import KVCache
-from omniloom.generate.request import Answer, Event, Request, Stopper, contents
+from omniloom.generate.request import Answer, Event, Request, Stopper, contents, refuse_no_room
 from omniloom.generate.sampling import distributions, draw, log_shares, uniform
 from omniloom.generate.speculative import Asked, Drafter, accept
 from omniloom.modality.sequence import TEXT, Document
@@ -52,8 +52,8 @@ class Engine:
     """Decodes requests with one model; holds `batch_size` of them at once.
 
     Each gets what it would get alone: nothing that is drawn for it depends on the others (but what a selective cache
-    lets go, which hangs on how prompts were cut into chunks). A prompt that begins as
-    another does that is being read, or was, takes that one's cache over.
+    lets go, which hangs on how prompts were cut into chunks). A prompt that begins as another does that is being read,
+    or was, takes that one's cache over.
     """
 
     def __init__(
@@ -96,39 +96,31 @@ class Engine:
         request.decoding.check()
         if self.draft is not None:
             self.draft.check(request.prompt)
-        tokens, context = len(request.prompt), self.decoder.config.max_position_embeddings
-        if not tokens:
-            raise ConfigError("the prompt is empty: a model goes on from something, if only from bos")
-        tokens += self.cache.lengths[0] if request.goes_on else 0
-        if tokens >= context:
-            raise ConfigError(
-                f"a prompt of {tokens:,} tokens leaves no room in the model's context: model.max_position_embeddings="
-                f"{context:,}"
-            )
+        before = self.cache.lengths[0] if request.goes_on else 0
+        refuse_no_room(request.prompt, self.decoder.config.max_position_embeddings, before)
         if request.decoding.beams is not None:
             raise ConfigError(f"beams={request.decoding.beams}: beam search is one request's: beam.search")
 
     def _admit(self, number: int, request: Request) -> None:
         free = [slot for slot in range(self.config.batch_size) if slot not in self._running]
         slot = 0 if request.goes_on else min(free, key=lambda slot: slot in self._left)  # what may be wanted goes last
-        of = contents(request.prompt)
+        # With guesses nothing is shared: a drafter would have to take over what it read, too.
+        shares = self.draft is None and not request.goes_on
         one = Running(
             number,
             request,
             slot,
-            of,
+            contents(request.prompt) if shares else np.zeros(0, np.int64),
             glued(request.prompt, self.decoder.config),
-            Answer(prompt_tokens=len(of)),
+            Answer(prompt_tokens=len(request.prompt)),
             Stopper(request.decoding.stop, self.text.decoding()),
             self.cache.lengths[slot] if request.goes_on else 0,
         )
         if request.decoding.repetition_penalty != 1.0:
             one.occurred = self._occurred(request.prompt)
-        if request.goes_on:
-            pass
-        elif self.draft is None:  # which would have to take over what it read, too
+        if shares:
             self._share_prefix(one)
-        else:
+        elif not request.goes_on:
             self.cache.clear(slot)
         self._running[slot] = one
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from omniloom.errors import ConfigError
 from omniloom.generate.config import DecodingConfig
 from omniloom.modality.sequence import AUDIO, IMAGE, VIDEO, Document
 
@@ -50,6 +51,22 @@ class Event:
     answer: Answer  # up to here
 
 
+def refuse_no_room(prompt: Document, context: int, before: int = 0) -> None:
+    """Raise ConfigError for an empty prompt, and one that, `before` other tokens, leaves no room in the context."""
+    if not len(prompt):
+        raise ConfigError("the prompt is empty: a model goes on from something, if only from bos")
+    if (tokens := before + len(prompt)) >= context:
+        raise ConfigError(
+            f"a prompt of {tokens:,} tokens leaves no room in the model's context: model.max_position_embeddings="
+            f"{context:,}"
+        )
+
+
+def first_stop(text: str, stops: list[str]) -> int | None:
+    """Where the first of the stop strings begins."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
 class Stopper:
     """Text that comes in parts, cut before the first of some stop strings; what may begin one is held back."""
 
@@ -60,9 +77,8 @@ class Stopper:
     def take(self, id: int) -> str:
         """The text that can be shown now."""
         self._held += self._decode(id)
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            shown, self._held, self.stopped = self._held[: min(found)], "", True
+        if (at := first_stop(self._held, self._stops)) is not None:
+            shown, self._held, self.stopped = self._held[:at], "", True
             return shown
         may_begin = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         shown = self._held[: len(self._held) - may_begin]

@@ -120,8 +120,8 @@ class Session:
         turn, before = Turn("user", parts), self._snapshot()
         answer: Answer | None = None
         try:
-            self._make_room(turn, decoding.max_new_tokens, before)
-            begins, prompt = self.cache.lengths[0], self._next(turn)
+            prompt = self._make_room(turn, decoding.max_new_tokens, before)
+            begins = self.cache.lengths[0]
             kept = len(prompt) if keep else 0 if begins else self._told_tokens()
             self.cache.pin(0, begins, begins + kept)
             for event in self._engine.stream([Request(prompt, decoding, goes_on=True)]):
@@ -203,11 +203,12 @@ class Session:
         the context has no room for all."""
         prompter, told = self.model.prompter, [] if system is None else [Turn("system", [system])]
         read = [replace(turn, parts=[self._read(part) for part in turn.parts]) for turn in turns]
-        parts = prompter.context - prompter.context // ROOM_SHARE
-        document = prompter.woven(prompter.encoded(opened([*told, *read]))) if read else None
-        while document is not None and len(document) > parts:
-            read = read[2:]
-            document = prompter.woven(prompter.encoded(opened([*told, *read]))) if read else None
+        room, document = prompter.context - prompter.context // ROOM_SHARE, None
+        while read:
+            document = prompter.woven(prompter.encoded(opened([*told, *read])))
+            if len(document) <= room:
+                break
+            read, document = read[2:], None
         # Nothing can go wrong from here on.
         self.cache.clear(0)
         self.system, self._before = system, None
@@ -222,24 +223,26 @@ class Session:
             return self.model.prompter.medium(part.kind, part.name)
         return part
 
-    def _make_room(self, turn: Turn, answer_tokens: int, before: Snapshot) -> None:
-        """Where the context would not hold turn and answer: forget what is neither pinned nor heavy nor new, or where
-        keys cannot be moved, the oldest exchanges."""
-        context = self.model.prompter.context
-        wanted = len(self._next(turn)) + min(answer_tokens, context // ROOM_SHARE)
+    def _make_room(self, turn: Turn, answer_tokens: int, before: Snapshot) -> Document:
+        """The turn as it comes next. Where the context would not hold it and an answer, forget what is neither pinned
+        nor heavy nor new, or where keys cannot be moved, the oldest exchanges."""
+        context, prompt = self.model.prompter.context, self._next(turn)
+        wanted = len(prompt) + min(answer_tokens, context // ROOM_SHARE)
         if self.cache.lengths[0] and self.cache.lengths[0] + wanted > context:
             before.cached = before.cached or self.cache.state(0)
             if self.model.config.position == "rope":
                 self.cache.condense(0, *self._kept)
             else:
                 self.begin_again(self.system, self.turns[2:])
+                prompt = self._next(turn)  # nothing is pending any more, and all may be gone
             self.state = replace(self.state, condensed=self.state.condensed + 1)
-        tokens, cached = len(self._next(turn)), self.cache.lengths[0]
+        tokens, cached = len(prompt), self.cache.lengths[0]
         if cached + tokens >= context:
             raise ConfigError(
                 f"a turn of {tokens:,} tokens leaves no room in the model's context, model.max_position_embeddings="
                 f"{context:,}, beside the {cached:,} that are kept"
             )
+        return prompt
 
     # On disk.
 
